@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).parent.parent
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder of test data that is not part of the repository; the environment variable TNL_SHARED moves it."""
+    """Folder of test data that is not part of the repository (TNL_SHARED moves it)."""
     folder = Path(os.environ.get("TNL_SHARED", REPOSITORY.parent / "shared")) / "data"
     if not folder.is_dir():
         pytest.skip(f"test data is not at {folder} (set TNL_SHARED)")
@@ -27,6 +27,6 @@ def nan_filled_memory() -> Iterator[None]:
     """Fresh memory holds NaN, so that a kernel that leaves a value unwritten is seen."""
     previous = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     yield
     torch.use_deterministic_algorithms(previous)
