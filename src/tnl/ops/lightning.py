@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tnl.ops import lightning_torch
+import itertools
 
 BACKENDS = ("auto", "torch", "triton")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -113,9 +114,7 @@ def lightning_attention_step(
     rows = q.shape[0]
     if state_indices is not None:
         if state_indices.shape != (rows,) or state_indices.dtype not in (torch.int32, torch.int64):
-            raise ValueError(
-                f"state_indices: expected [{rows}] of int32 or int64, got {_describe(state_indices)}"
-            )
+            raise ValueError(f"state_indices: expected [{rows}] of int32 or int64, got {_describe(state_indices)}")
         if state_indices.device != q.device:
             raise ValueError(f"state_indices: expected device {q.device}, got {state_indices.device}")
         rows = state.shape[0] if state.dim() else 0
@@ -152,9 +151,7 @@ def _check_tokens(q: Tensor, k: Tensor, v: Tensor, rank: int) -> None:
                 f"{name}: expected a contiguous last dimension (stride 1), got strides {tuple(x.stride())}"
             )
         if x.shape[:-2] != q.shape[:-2]:
-            raise ValueError(
-                f"{name}: expected leading dimensions {list(q.shape[:-2])} as in q, got {list(x.shape)}"
-            )
+            raise ValueError(f"{name}: expected leading dimensions {list(q.shape[:-2])} as in q, got {list(x.shape)}")
     if k.shape[-2] != v.shape[-2]:
         raise ValueError(f"v: expected {k.shape[-2]} heads as in k, got {v.shape[-2]}")
     if k.shape[-1] != q.shape[-1]:
@@ -193,9 +190,7 @@ _checked_cu_seqlens: Any = WeakTensorKeyDictionary()
 
 def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"cu_seqlens: expected [N + 1] of int32 or int64, N >= 1, got {_describe(cu_seqlens)}"
-        )
+        raise ValueError(f"cu_seqlens: expected [N + 1] of int32 or int64, N >= 1, got {_describe(cu_seqlens)}")
     if cu_seqlens.device != q.device:
         raise ValueError(f"cu_seqlens: expected the device of q, {q.device}, got {cu_seqlens.device}")
     if q.shape[0] != 1:
@@ -206,7 +201,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
     if _checked_cu_seqlens.get(cu_seqlens) == seen:
         return
     bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+    if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in itertools.pairwise(bounds)):
         shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-3:]]
         raise ValueError(f"cu_seqlens: expected values that rise from 0 to T = {tokens}, got {shown}")
     _checked_cu_seqlens[cu_seqlens] = seen
@@ -227,9 +222,7 @@ def _resolve_backend(backend: str, q: Tensor) -> str:
     if backend == "auto":
         return "triton" if q.is_cuda and q.dtype != torch.float64 and _triton_installed() else "torch"
     if q.dtype == torch.float64:
-        raise ValueError(
-            "backend: 'triton' serves float32, float16 and bfloat16, got float64 inputs; use 'torch'"
-        )
+        raise ValueError("backend: 'triton' serves float32, float16 and bfloat16, got float64 inputs; use 'torch'")
     if not _triton_installed():
         raise ValueError("backend: 'triton' needs the package triton, which is not installed; use 'torch'")
     if not q.is_cuda and not _interpreted():
@@ -360,9 +353,7 @@ def _decay_gradient(
             sums = sums + final_term.double()[:, None]
     else:
         tokens = difference.shape[1]
-        sequence = torch.bucketize(
-            torch.arange(tokens, device=sums.device), cu_seqlens[1:].long(), right=True
-        )
+        sequence = torch.bucketize(torch.arange(tokens, device=sums.device), cu_seqlens[1:].long(), right=True)
         after = torch.cat([sums, torch.zeros_like(sums[:, :1])], dim=1)[0, cu_seqlens[1:].long()]
         correction = -after if final_term is None else final_term.double() - after
         sums = sums + correction[sequence]
@@ -387,9 +378,7 @@ def _backward_fake(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    dlog_decay = (
-        log_decay.new_empty(log_decay.shape) if need_decay and log_decay is not None else _new_state(q, (0,))
-    )
+    dlog_decay = log_decay.new_empty(log_decay.shape) if need_decay and log_decay is not None else _new_state(q, (0,))
     return (
         dq,
         dk,

@@ -15,6 +15,7 @@ the last token to the first (docs/operator.md):
 
 import torch
 from torch import Tensor
+import itertools
 
 CHUNK = 128
 
@@ -31,7 +32,7 @@ def _sequences(tokens: int, cu_seqlens: Tensor | None) -> list[tuple[int, int]]:
     if cu_seqlens is None:
         return [(0, tokens)]
     bounds = cu_seqlens.tolist()
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(itertools.pairwise(bounds))
 
 
 def recurrence(
@@ -66,9 +67,7 @@ def recurrence(
     return torch.stack(outputs, dim=1), torch.cat(finals)
 
 
-def quadratic(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, *, scale: float = 1.0
-) -> Tensor:
+def quadratic(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
     """The definition as masked attention in float64, ``o = scale * ((q k^T) * M) v`` (arXiv 2405.17381, eq. 4).
 
     ``M[t, s] = exp(sum of log_decay over s+1..t)`` for ``s <= t``, else 0. No state; time and memory grow as T^2.
@@ -115,7 +114,7 @@ def _scan_sequence(
     accumulation. Writes ``output [B, T, Ho, M]``; where it has fewer than Hq heads, a group's outputs are summed.
     Returns the state that leaves. ``scale`` belongs to the query: to what reads in ``A>``, is written in ``A<``.
     """
-    x, y, z = tensors
+    x, _y, z = tensors
     batch, tokens = x.shape[:2]
     heads = max(t.shape[2] for t in tensors)
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -129,8 +128,7 @@ def _scan_sequence(
         end = min(begin + CHUNK, tokens)
         xc, yc, zc = (t[:, begin:end].transpose(1, 2).to(work) for t in tensors)
         xc, yc, zc = (
-            t if t.shape[1] == heads else t.repeat_interleave(heads // t.shape[1], dim=1)
-            for t in (xc, yc, zc)
+            t if t.shape[1] == heads else t.repeat_interleave(heads // t.shape[1], dim=1) for t in (xc, yc, zc)
         )
         if per_token:
             assert log_decay is not None
@@ -182,9 +180,7 @@ def scan(
         decay = log_decay[:, rows] if log_decay is not None and log_decay.dim() == 3 else log_decay
         initial = None if state is None else state[n : n + 1]
         states.append(
-            _scan_sequence(
-                (x[:, rows], y[:, rows], z[:, rows]), decay, initial, scale, reverse, output[:, rows]
-            )
+            _scan_sequence((x[:, rows], y[:, rows], z[:, rows]), decay, initial, scale, reverse, output[:, rows])
         )
     return output, torch.cat(states)
 

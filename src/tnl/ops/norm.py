@@ -62,12 +62,7 @@ def _norm(x: Tensor, gate: Tensor | None, eps: float, backend: str) -> Tensor:
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
     if backend == "auto":
-        fused = (
-            x.is_cuda
-            and x.dtype != torch.float64
-            and not torch.compiler.is_compiling()
-            and _triton_installed()
-        )
+        fused = x.is_cuda and x.dtype != torch.float64 and not torch.compiler.is_compiling() and _triton_installed()
         backend = "triton" if fused else "torch"
     if backend == "torch":
         return _eager(x, gate, eps)
@@ -86,9 +81,7 @@ def _eager(x: Tensor, gate: Tensor | None, eps: float) -> Tensor:
 
 
 torch.library.define("tnl::srms_norm", "(Tensor x, Tensor? gate, float eps) -> (Tensor, Tensor)")
-torch.library.define(
-    "tnl::srms_norm_backward", "(Tensor dy, Tensor x, Tensor? gate, Tensor rstd) -> (Tensor, Tensor)"
-)
+torch.library.define("tnl::srms_norm_backward", "(Tensor dy, Tensor x, Tensor? gate, Tensor rstd) -> (Tensor, Tensor)")
 
 
 @torch.library.impl("tnl::srms_norm", "default")
