@@ -1,0 +1,13 @@
+"""Model classes; importing this package registers them with the Auto classes of transformers."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from tnl.models.tnl.cache_tnl import TnlCache
+from tnl.models.tnl.configuration_tnl import PRESETS, TnlConfig
+from tnl.models.tnl.modeling_tnl import TnlForCausalLM, TnlModel
+
+AutoConfig.register(TnlConfig.model_type, TnlConfig, exist_ok=True)
+AutoModel.register(TnlConfig, TnlModel, exist_ok=True)
+AutoModelForCausalLM.register(TnlConfig, TnlForCausalLM, exist_ok=True)
+
+__all__ = ["PRESETS", "TnlCache", "TnlConfig", "TnlForCausalLM", "TnlModel"]

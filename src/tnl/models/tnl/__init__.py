@@ -1,0 +1,1 @@
+"""TNL: configuration, model, cache and the reader of released TransNormerLLM folders."""

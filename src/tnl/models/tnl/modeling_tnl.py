@@ -1,0 +1,469 @@
+"""TNL (TransNormerLLM, arXiv 2405.17381 and 2307.14995) as Hugging Face classes.
+
+    x = sqrt(d) embed(ids)
+    per layer:  x += GLA(SRMSNorm(x));  x += SGLU(SRMSNorm(x))
+    logits = lm_head(SRMSNorm(x))
+
+Dimensions: B batch, T tokens, V vocabulary, d width of the residual stream, H heads, E width of a head,
+D width of its keys (E, or 2 E in a layer with LRPE), N documents packed into one call.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel, initialization
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from tnl.models.tnl.cache_tnl import TnlCache, TnlCacheLayer
+from tnl.models.tnl.configuration_tnl import TnlConfig
+from tnl.models.tnl.decay import log_decay
+from tnl.ops import lightning_attention, lightning_attention_step
+from tnl.ops.norm import gated_srms_norm, srms_norm
+
+LRPE_BASE = 10000.0
+LOGITS_PER_CHUNK = 1 << 26  # 256 MiB of float32 logits at once in the memory-lean loss
+IGNORED_LABEL = -100
+
+
+class TnlNorm(nn.Module):
+    """SRMSNorm over the last dim: `x / sqrt(mean(x^2) + eps)`, no weight (arXiv 2307.14995 eq. 13)."""
+
+    def __init__(self, config: TnlConfig) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalise `[..., d]`; the result has the input's dtype."""
+        return srms_norm(hidden_states, eps=self.eps)
+
+
+class TnlRelativePositions(nn.Module):
+    """LRPE-d: `x -> concat[x cos(theta t), x sin(theta t)]` with learnt theta (arXiv 2307.14995 eq. 4).
+
+    The product of an encoded query and an encoded key depends on the difference of their positions
+    alone, so a shift of all positions changes nothing.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(torch.empty(num_heads, 1, head_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set theta to `10000^(-2 i / E)`, i = 0..E-1, in every head."""
+        exponent = torch.arange(self.theta.shape[-1], dtype=torch.float64, device=self.theta.device)
+        theta = LRPE_BASE ** (-2 / self.theta.shape[-1] * exponent)
+        initialization.copy_(self.theta, theta.expand_as(self.theta))
+
+    def rotation(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of `theta t`.
+
+        The angle is reduced to one turn in float64: at a position of a million, float32 would be off
+        by several hundredths of a radian.
+
+        Args:
+            position_ids: `[B or 1, T]` integers.
+            dtype: dtype of the result.
+
+        Returns:
+            Two tensors `[B or 1, T, H, E]`.
+        """
+        angle = position_ids[..., None, None].double() * self.theta[:, 0].double()
+        angle = torch.remainder(angle, 2 * math.pi).to(dtype)
+        return angle.cos(), angle.sin()
+
+    def forward(self, query: Tensor, key: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode queries and keys `[B, T, H, E]` into `[B, T, H, 2 E]`."""
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        cosine, sine = self.rotation(position_ids, dtype)
+        return (
+            torch.cat([query * cosine, query * sine], dim=-1).to(query.dtype),
+            torch.cat([key * cosine, key * sine], dim=-1).to(key.dtype),
+        )
+
+
+class TnlAttention(nn.Module):
+    """Gated linear attention (arXiv 2405.17381 eq. 4 to 9): `W_o (u * SRMSNorm(o))`.
+
+    `q, k, v, u` come from one projection; q and k pass through SiLU; the norm runs over all heads
+    together.
+    """
+
+    def __init__(self, config: TnlConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.norm_eps = config.norm_eps
+        width = self.num_heads * self.head_dim
+        self.qkvu_proj = nn.Linear(config.hidden_size, 4 * width, bias=False)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        uses_lrpe = config.uses_lrpe(layer_idx)
+        self.lrpe = TnlRelativePositions(self.num_heads, self.head_dim) if uses_lrpe else None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        log_decay: Tensor | None,
+        position_ids: Tensor,
+        padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        past_key_values: TnlCache | None = None,
+    ) -> Tensor:
+        """Attend within each row, or within each packed document; see `TnlDecoderLayer.forward`."""
+        batch, length, _ = hidden_states.shape
+        qkvu = self.qkvu_proj(hidden_states).view(batch, length, 4, self.num_heads, self.head_dim)
+        query, key, value, gate = qkvu.unbind(2)
+        query, key = F.silu(query), F.silu(key)
+        if self.lrpe is not None:
+            query, key = self.lrpe(query, key, position_ids)
+        if padding_mask is not None:
+            # With v = 0 a padded token adds nothing to the state: k v^T = 0.
+            value = value * padding_mask[..., None, None].to(value.dtype)
+        if past_key_values is not None:
+            output = self._attend_with_state(query, key, value, log_decay, past_key_values.layers[self.layer_idx])
+        else:
+            if cu_seqlens is not None:
+                query, key, value = (x.flatten(0, 1)[None] for x in (query, key, value))
+            output, _ = lightning_attention(query, key, value, log_decay, cu_seqlens=cu_seqlens)
+        output = output.reshape(batch, length, -1)
+        return self.o_proj(gated_srms_norm(output, gate.flatten(2), eps=self.norm_eps))
+
+    @staticmethod
+    def _attend_with_state(
+        query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None, cache: TnlCacheLayer
+    ) -> Tensor:
+        # The step works in place and has no gradient.
+        if query.shape[1] == 1 and cache.state is not None and not torch.is_grad_enabled():
+            step = (query[:, 0], key[:, 0], value[:, 0])
+            output = lightning_attention_step(*step, log_decay, cache.state)[:, None]
+            cache.store(cache.state, 1)
+            return output
+        output, state = lightning_attention(
+            query, key, value, log_decay, initial_state=cache.state, return_final_state=True
+        )
+        cache.store(state, query.shape[1])
+        return output
+
+
+class TnlGatedLinearUnit(nn.Module):
+    """SGLU: `W_3 ((W_1 x) * (W_2 x))`, without activation (arXiv 2307.14995 eq. 12)."""
+
+    def __init__(self, config: TnlConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Mix channels of `[B, T, d]`."""
+        return self.down_proj(self.gate_proj(hidden_states) * self.up_proj(hidden_states))
+
+
+class TnlDecoderLayer(GradientCheckpointingLayer):
+    """One block: `x += GLA(SRMSNorm(x))`, then `x += SGLU(SRMSNorm(x))`."""
+
+    def __init__(self, config: TnlConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.attention_norm = TnlNorm(config)
+        self.attention = TnlAttention(config, layer_idx)
+        self.mlp_norm = TnlNorm(config)
+        self.mlp = TnlGatedLinearUnit(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        log_decay: Tensor | None,
+        position_ids: Tensor,
+        padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        past_key_values: TnlCache | None = None,
+    ) -> Tensor:
+        """Transform the residual stream.
+
+        Args:
+            hidden_states: `[B, T, d]`.
+            log_decay: `[H]` float32, or `None` for no decay.
+            position_ids: `[B or 1, T]`, read by LRPE.
+            padding_mask: `[B, T]`, 0 at padding.
+            cu_seqlens: `[N + 1]` boundaries of documents in the rows laid end to end.
+            past_key_values: Cache whose state is read and advanced.
+
+        Returns:
+            `[B, T, d]`.
+        """
+        attended = self.attention(
+            self.attention_norm(hidden_states),
+            log_decay,
+            position_ids,
+            padding_mask,
+            cu_seqlens,
+            past_key_values,
+        )
+        hidden_states = hidden_states + self.dropout(attended)
+        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+
+
+class TnlPreTrainedModel(PreTrainedModel):
+    """What all TNL models share: initial weights, loading and saving."""
+
+    config: TnlConfig
+    config_class = TnlConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TnlDecoderLayer"]  # noqa: RUF012 (class attributes of transformers)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _is_stateful = True  # a state cannot be rolled back, which assisted generation would need
+    _can_record_outputs = {"hidden_states": TnlDecoderLayer}  # noqa: RUF012
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Matrices from N(0, initializer_range), the padding row zero, theta by its formula."""
+        super()._init_weights(module)
+        if isinstance(module, TnlRelativePositions):
+            module.reset_parameters()
+
+
+class TnlModel(TnlPreTrainedModel):
+    """The decoder without the language-model head."""
+
+    def __init__(self, config: TnlConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(TnlDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+        self.norm = TnlNorm(config)
+        self.embedding_scale = math.sqrt(config.hidden_size) if config.scale_embeddings else 1.0
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: TnlCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the decoder.
+
+        Args:
+            input_ids: `[B, T]`.
+            attention_mask: `[B, T]` or `[B, past + T]`, 0 at padding, left or right.
+            position_ids: `[B or 1, T]`. Without an attention mask and a cache, each position that is not
+                one more than its neighbour on the left begins a document of its own (packed rows, as
+                `DataCollatorWithFlattening` makes them): nothing passes from one document to the next.
+            past_key_values: States to go on from; advanced in place.
+            inputs_embeds: `[B, T, d]` in place of `input_ids`; taken as they are, without the scale.
+            use_cache: Whether to return states; by default outside of training as the config says.
+            cu_seq_lens_q: `[N + 1]` boundaries of packed documents, first 0, last B T, over the rows laid
+                end to end; instead of finding them in `position_ids` (which takes a wait for the GPU).
+            **kwargs: Keywords of other models, which the trainers of Hugging Face pass to all.
+
+        Returns:
+            Hidden states after the last norm, `[B, T, d]`, and the cache.
+
+        Raises:
+            ValueError: Both or none of `input_ids` and `inputs_embeds`; a cache of another kind; packed
+                documents together with a cache.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds is needed")
+        if past_key_values is not None and not isinstance(past_key_values, TnlCache):
+            raise ValueError(f"past_key_values must be a TnlCache, got {type(past_key_values).__name__}")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids) * self.embedding_scale
+        batch, length, _ = inputs_embeds.shape
+        cu_seqlens = cu_seq_lens_q
+        if cu_seqlens is None and attention_mask is None and past_key_values is None:
+            cu_seqlens = find_documents(position_ids, batch)
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and cu_seqlens is None
+        if cu_seqlens is not None and (use_cache or past_key_values is not None):
+            raise ValueError("packed documents cannot be combined with use_cache or past_key_values")
+        if use_cache and past_key_values is None:
+            past_key_values = TnlCache(self.config)
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(past, past + length, device=inputs_embeds.device)[None]
+
+        hidden_states = self.dropout(inputs_embeds)
+        decays = self.log_decay(inputs_embeds.device)
+        padding_mask = find_padding(attention_mask, length)
+        for layer, decay in zip(self.layers, decays, strict=True):
+            hidden_states = layer(
+                hidden_states,
+                decay,
+                position_ids,
+                padding_mask=padding_mask,
+                cu_seqlens=cu_seqlens,
+                past_key_values=past_key_values,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def log_decay(self, device: torch.device) -> list[Tensor] | list[None]:
+        """The log decay of each layer, `[H]` float32, or `None` for no decay."""
+        layers, heads = self.config.num_hidden_layers, self.config.num_attention_heads
+        if self.config.decay_schedule == "none":
+            return [None] * layers
+        return list(log_decay(self.config.decay_schedule, layers, heads, device))
+
+
+def find_documents(position_ids: Tensor | None, batch: int) -> Tensor | None:
+    """Boundaries of the documents that positions which do not count on by one tell apart.
+
+    Args:
+        position_ids: `[B or 1, T]`, or `None`.
+        batch: Number of rows B.
+
+    Returns:
+        `[N + 1]` int32 over the rows laid end to end, or `None` where each row is one document.
+    """
+    if position_ids is None:
+        return None
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    starts = starts.expand(batch, -1).flatten()
+    first_tokens = starts.nonzero().flatten().to(torch.int32)
+    if first_tokens.numel() == batch:
+        return None
+    return F.pad(first_tokens, (0, 1), value=starts.numel())
+
+
+def find_padding(attention_mask: Tensor | None, length: int) -> Tensor | None:
+    """The mask of this call's tokens, `[B, T]`; `None` where nothing is padded.
+
+    Args:
+        attention_mask: `[B, past + T]`, or `None`.
+        length: Number of tokens T of this call.
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim != 2 or attention_mask.shape[1] < length:
+        raise ValueError(f"attention_mask must be [B, T] with T >= {length}, got {tuple(attention_mask.shape)}")
+    mask = attention_mask[:, -length:]
+    # One token is not worth the wait for the GPU, and a graph cannot branch on a value.
+    if length > 1 and not torch.compiler.is_compiling() and bool((mask != 0).all()):
+        return None
+    return mask
+
+
+class TnlForCausalLM(TnlPreTrainedModel, GenerationMixin):
+    """TNL with a language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    accepts_loss_kwargs = True  # the Trainer passes num_items_in_batch
+
+    def __init__(self, config: TnlConfig) -> None:
+        super().__init__(config)
+        self.model = TnlModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: TnlCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_logits: bool | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and the loss where there are labels. Arguments not named here: `TnlModel.forward`.
+
+        Args:
+            labels: `[B, T]`; token t is predicted from the tokens before it, -100 is not counted. In packed
+                rows the first label of each document should be -100, as
+                `DataCollatorWithFlattening` sets it.
+            logits_to_keep: Keep logits of the last so many tokens only (0: all), or of these indices.
+            return_logits: Whether to return logits. `None`: yes, except in training with labels, where
+                the loss is computed in chunks and the logits `[B, T, V]` never exist as a whole.
+            shift_labels: `[B, T]`, what each token should predict, instead of `labels`.
+            num_items_in_batch: What the summed loss is divided by, such as the number of labels in the
+                whole batch over all ranks and accumulation steps; the labels of this call without it.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        if shift_labels is None and labels is not None:
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
+        if return_logits is None:
+            return_logits = shift_labels is None or not self.training
+        logits = loss = None
+        if return_logits:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, kept])
+        if shift_labels is not None:
+            shift_labels = shift_labels.to(hidden_states.device)
+            if logits is not None and logits.shape[1] == shift_labels.shape[1]:
+                loss = self._summed_loss(logits.flatten(0, 1), shift_labels.flatten())
+            else:
+                loss = self._chunked_loss(hidden_states.flatten(0, 1), shift_labels.flatten())
+            count = (shift_labels != IGNORED_LABEL).sum() if num_items_in_batch is None else num_items_in_batch
+            loss = loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    @staticmethod
+    def _summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy in float32, summed over the labels `[M]` that count; logits `[M, V]`."""
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.to(dtype), labels, ignore_index=IGNORED_LABEL, reduction="sum")
+
+    def _chunked_loss(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
+        """`_summed_loss` of hidden states `[M, d]`, with the logits of one chunk in memory at a time.
+
+        The logits of a chunk are computed again in the backward pass. The head is called as a module, so
+        that adapters and sharding wrapped around it hold here too.
+        """
+
+        def chunk_loss(hidden_states: Tensor, labels: Tensor) -> Tensor:
+            return self._summed_loss(self.lm_head(hidden_states), labels)
+
+        tokens = max(1, LOGITS_PER_CHUNK // self.config.vocab_size)
+        if len(labels) <= tokens:
+            return chunk_loss(hidden_states, labels)
+        chunks = zip(hidden_states.split(tokens), labels.split(tokens), strict=True)
+        losses = [checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]
+        return torch.stack(losses).sum()
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Give `generate` a cache of states in place of keys and values."""
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                "cache_implementation must be None, a TNL has its own constant-size cache; "
+                f"got {generation_config.cache_implementation!r}"
+            )
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = TnlCache(self.config)
