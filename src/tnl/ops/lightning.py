@@ -289,7 +289,9 @@ def _forward(
     return_final_state: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    o, final_state = _implementation(backend).forward(q, k, v, log_decay, initial_state, cu_seqlens, scale)
+    o, final_state = _implementation(backend).forward(
+        q, k, v, log_decay, initial_state, cu_seqlens, scale, return_final_state
+    )
     return o, final_state if return_final_state else _new_state(q, (0,))
 
 

@@ -193,8 +193,9 @@ def forward(
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     scale: float,
+    return_final_state: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """``(o, final_state)``; shapes as in :func:`tnl.ops.lightning_attention`."""
+    """``(o, final_state)``, the state always there; shapes as in :func:`tnl.ops.lightning_attention`."""
     return scan(q, k, v, log_decay, initial_state, cu_seqlens, scale)
 
 
