@@ -5,9 +5,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from tnl.models.tnl.cache_tnl import TnlCache
 from tnl.models.tnl.configuration_tnl import PRESETS, TnlConfig
 from tnl.models.tnl.modeling_tnl import TnlForCausalLM, TnlModel
+from tnl.models.tnl.released import TransnormerConfig, TransnormerForCausalLM
 
 AutoConfig.register(TnlConfig.model_type, TnlConfig, exist_ok=True)
 AutoModel.register(TnlConfig, TnlModel, exist_ok=True)
 AutoModelForCausalLM.register(TnlConfig, TnlForCausalLM, exist_ok=True)
+AutoConfig.register(TransnormerConfig.model_type, TransnormerConfig, exist_ok=True)
+AutoModelForCausalLM.register(TransnormerConfig, TransnormerForCausalLM, exist_ok=True)
 
 __all__ = ["PRESETS", "TnlCache", "TnlConfig", "TnlForCausalLM", "TnlModel"]

@@ -163,7 +163,7 @@ class TnlConfig(PreTrainedConfig):
             self._require(name, _is_integer(getattr(self, name)) and getattr(self, name) > 0, "an integer > 0")
         self._require(
             "head_dim",
-            _is_integer(self.head_dim) and self.head_dim > 0,
+            self.head_dim is not None and _is_integer(self.head_dim) and self.head_dim > 0,
             "an integer > 0, or None where num_attention_heads divides hidden_size "
             f"({self.num_attention_heads} and {self.hidden_size})",
         )

@@ -24,7 +24,7 @@ def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Te
     """
     lower = 1 << (num_heads.bit_length() - 1)
     own = torch.arange(1, lower + 1, dtype=torch.float64, device=device) / lower
-    between = torch.arange(1, 2 * (num_heads - lower), 2, dtype=torch.float64, device=device) / (2 * lower)
+    between = torch.arange(num_heads - lower, dtype=torch.float64, device=device) / lower + 0.5 / lower
     return torch.exp2(-8 * torch.cat([own, between]))
 
 
@@ -49,13 +49,13 @@ def log_decay(schedule: str, num_layers: int, num_heads: int, device: torch.devi
     if schedule not in DECAY_SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(DECAY_SCHEDULES)}, got {schedule!r}")
     layer = torch.arange(num_layers, dtype=torch.float64, device=device)[:, None]
+    # The released code rounds slopes and factors to float32 before it multiplies them.
+    slopes = alibi_slopes(num_heads, device).float()
     if schedule == "released":
-        slopes = alibi_slopes(num_heads, device) * (1 - layer / max(num_layers - 1, 1) + 1e-5)
-    elif schedule == "paper":
+        return -slopes * (1 - layer / max(num_layers - 1, 1) + 1e-5).float()
+    if schedule == "paper":
         head = torch.arange(num_heads, dtype=torch.float64, device=device)
-        slopes = 8 * head / num_heads * (1 - layer / num_layers)
-    elif schedule == "uniform":
-        slopes = alibi_slopes(num_heads, device) * torch.ones_like(layer)
-    else:
-        slopes = torch.zeros(num_layers, num_heads, dtype=torch.float64, device=device)
-    return -slopes.float()
+        return -(8 * head / num_heads * (1 - layer / num_layers)).float()
+    if schedule == "uniform":
+        return -slopes.expand(num_layers, -1)
+    return torch.zeros(num_layers, num_heads, device=device)

@@ -34,15 +34,24 @@ IGNORED_LABEL = -100
 
 
 class TnlNorm(nn.Module):
-    """SRMSNorm over the last dim: `x / sqrt(mean(x^2) + eps)`, no weight (arXiv 2307.14995 eq. 13)."""
+    """SRMSNorm over the last dim: `x / sqrt(mean(x^2) + eps)`, no weight (arXiv 2307.14995 eq. 13).
+
+    Computed in float32 whatever the model's dtype, float64 included, as in the released code and in the
+    norms of transformers.
+    """
 
     def __init__(self, config: TnlConfig) -> None:
         super().__init__()
         self.eps = config.norm_eps
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Normalise `[..., d]`; the result has the input's dtype."""
-        return srms_norm(hidden_states, eps=self.eps)
+    def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+        """Normalise `[..., d]` and multiply by the gate; the result has the input's dtype."""
+        if hidden_states.dtype == torch.float64:
+            normed = srms_norm(hidden_states.float(), eps=self.eps).double()
+            return normed if gate is None else gate * normed
+        if gate is None:
+            return srms_norm(hidden_states, eps=self.eps)
+        return gated_srms_norm(hidden_states, gate, eps=self.eps)
 
 
 class TnlRelativePositions(nn.Module):
@@ -100,8 +109,8 @@ class TnlAttention(nn.Module):
     def __init__(self, config: TnlConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
-        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
-        self.norm_eps = config.norm_eps
+        self.num_heads, _, self.head_dim = config.state_shape(layer_idx)
+        self.norm = TnlNorm(config)
         width = self.num_heads * self.head_dim
         self.qkvu_proj = nn.Linear(config.hidden_size, 4 * width, bias=False)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
@@ -134,7 +143,7 @@ class TnlAttention(nn.Module):
                 query, key, value = (x.flatten(0, 1)[None] for x in (query, key, value))
             output, _ = lightning_attention(query, key, value, log_decay, cu_seqlens=cu_seqlens)
         output = output.reshape(batch, length, -1)
-        return self.o_proj(gated_srms_norm(output, gate.flatten(2), eps=self.norm_eps))
+        return self.o_proj(self.norm(output, gate.flatten(2)))
 
     @staticmethod
     def _attend_with_state(
@@ -149,6 +158,7 @@ class TnlAttention(nn.Module):
         output, state = lightning_attention(
             query, key, value, log_decay, initial_state=cache.state, return_final_state=True
         )
+        assert state is not None
         cache.store(state, query.shape[1])
         return output
 
@@ -387,9 +397,15 @@ class TnlForCausalLM(TnlPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits, and the loss where there are labels. Arguments not named here: `TnlModel.forward`.
+        """Logits, and the loss where there are labels.
 
         Args:
+            input_ids: `[B, T]`.
+            attention_mask: As in `TnlModel.forward`, and so the next four.
+            position_ids: Its restarts are the documents of packed rows.
+            past_key_values: States to go on from.
+            inputs_embeds: In place of `input_ids`.
+            use_cache: Whether to return states.
             labels: `[B, T]`; token t is predicted from the tokens before it, -100 is not counted. In packed
                 rows the first label of each document should be -100, as
                 `DataCollatorWithFlattening` sets it.
@@ -399,6 +415,7 @@ class TnlForCausalLM(TnlPreTrainedModel, GenerationMixin):
             shift_labels: `[B, T]`, what each token should predict, instead of `labels`.
             num_items_in_batch: What the summed loss is divided by, such as the number of labels in the
                 whole batch over all ranks and accumulation steps; the labels of this call without it.
+            **kwargs: Passed to `TnlModel.forward`, such as `cu_seq_lens_q`.
         """
         outputs = self.model(
             input_ids=input_ids,
