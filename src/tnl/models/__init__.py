@@ -13,4 +13,12 @@ AutoModelForCausalLM.register(TnlConfig, TnlForCausalLM, exist_ok=True)
 AutoConfig.register(TransnormerConfig.model_type, TransnormerConfig, exist_ok=True)
 AutoModelForCausalLM.register(TransnormerConfig, TransnormerForCausalLM, exist_ok=True)
 
-__all__ = ["PRESETS", "TnlCache", "TnlConfig", "TnlForCausalLM", "TnlModel"]
+__all__ = [
+    "PRESETS",
+    "TnlCache",
+    "TnlConfig",
+    "TnlForCausalLM",
+    "TnlModel",
+    "TransnormerConfig",
+    "TransnormerForCausalLM",
+]
