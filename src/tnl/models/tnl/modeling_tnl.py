@@ -393,7 +393,6 @@ class TnlForCausalLM(TnlPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_logits: bool | None = None,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -412,11 +411,13 @@ class TnlForCausalLM(TnlPreTrainedModel, GenerationMixin):
             logits_to_keep: Keep logits of the last so many tokens only (0: all), or of these indices.
             return_logits: Whether to return logits. `None`: yes, except in training with labels, where
                 the loss is computed in chunks and the logits `[B, T, V]` never exist as a whole.
-            shift_labels: `[B, T]`, what each token should predict, instead of `labels`.
             num_items_in_batch: What the summed loss is divided by, such as the number of labels in the
                 whole batch over all ranks and accumulation steps; the labels of this call without it.
-            **kwargs: Passed to `TnlModel.forward`, such as `cu_seq_lens_q`.
+            **kwargs: `shift_labels` `[B, T]`, what each token should predict, instead of `labels`; the rest
+                goes to `TnlModel.forward`, such as `cu_seq_lens_q`.
         """
+        # Not a parameter: the Trainer would take its name for that of a column of labels.
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
