@@ -1,0 +1,142 @@
+"""The command `tnl`: each sub-command parses its settings, then calls one function.
+
+Input that cannot be used ends with exit code 2 and one line that says why; `--traceback` shows where it was found.
+"""
+
+import dataclasses
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tnl.training.config import EvaluationSettings, GenerationSettings, TrainSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A sub-command: its help, its settings (None: it has none) and the function to call, as `module:name`.
+
+    Fields of the settings without a default are given by their place on the command line; `several` is the help of
+    a last one that takes any number of values.
+    """
+
+    help: str
+    settings: type | None
+    function: str
+    several: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def call(self, *arguments: Any) -> None:
+        """Import the function and call it."""
+        module, _, name = self.function.partition(":")
+        function: Callable[..., object] = getattr(importlib.import_module(module), name)
+        function(*arguments)
+
+
+COMMANDS = {
+    "train": Command(
+        "train a model: tnl train CONFIG.yaml [--key value ...]", TrainSettings, "tnl.training.loop:train"
+    ),
+    "eval": Command(
+        "loss, perplexity and bits per byte of a model on text",
+        EvaluationSettings,
+        "tnl.training.evaluation:evaluate",
+        {"data": "Sources of text, as in `data.train` of `tnl train`."},
+    ),
+    "generate": Command("continue a text", GenerationSettings, "tnl.training.generation:generate"),
+    "presets": Command("list the model sizes that have a name", None, "tnl.training.model:print_presets"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    traceback = "--traceback" in given
+    given = [argument for argument in given if argument != "--traceback"]
+    name = given[0] if given and given[0] in COMMANDS else ""
+    try:
+        name, settings = parse(given)
+        quieten()
+        COMMANDS[name].call(*settings)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output, such as `head`, went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except FloatingPointError as error:
+        return _fail(name, error, traceback, code=1)
+    except (ValueError, OSError) as error:
+        return _fail(name, error, traceback, code=2)
+    return 0
+
+
+def parse(arguments: list[str]) -> tuple[str, list[Any]]:
+    """Name and settings of the command that the arguments spell out.
+
+    Raises:
+        ValueError: They cannot be parsed; the message is one line.
+    """
+    from argparse import ArgumentError
+
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="tnl",
+        description="Train, evaluate and generate with TNL language models. --traceback shows where an error arose.",
+        exit_on_error=False,
+    )
+    commands = parser.add_subcommands(required=True, dest="command")
+    for name, command in COMMANDS.items():
+        sub = ArgumentParser(exit_on_error=False)
+        if command.settings is not None:
+            _add_settings(sub, command)
+        commands.add_subcommand(name, sub, help=command.help)
+    if arguments[:1] == ["train"]:
+        arguments = _spell_out_train(arguments)
+    try:
+        parsed = parser.instantiate(parser.parse_args(arguments))
+    except ArgumentError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    chosen = COMMANDS[parsed.command]
+    if chosen.settings is None:
+        return parsed.command, []
+    values = vars(parsed[parsed.command])
+    fields = {field.name for field in dataclasses.fields(chosen.settings)}
+    return parsed.command, [chosen.settings(**{name: values[name] for name in values if name in fields})]
+
+
+def quieten() -> None:
+    """Keep the progress bars of transformers and datasets off the terminal, where ours is."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+def _add_settings(parser: Any, command: Command) -> None:
+    if command.settings is TrainSettings:
+        parser.add_argument("--config", action="config", help="YAML file with any of these settings")
+    parser.add_class_arguments(command.settings, as_positional=True, skip=set(command.several))
+    for name, text in command.several.items():
+        parser.add_argument(name, nargs="+", help=text)
+
+
+def _spell_out_train(arguments: list[str]) -> list[str]:
+    """`train FILE --resume` in the form that the parser knows: `train --config FILE --resume true`."""
+    rest = arguments[1:]
+    if rest and not rest[0].startswith("-"):
+        rest = ["--config", *rest]
+    for place, argument in enumerate(rest):
+        following = rest[place + 1] if place + 1 < len(rest) else "--"
+        if argument == "--resume" and following.startswith("-"):
+            rest[place] = "--resume=true"
+    return ["train", *rest]
+
+
+def _fail(name: str, error: Exception, traceback: bool, code: int) -> int:
+    if traceback:
+        raise error
+    message = " ".join(str(error).split()) or type(error).__name__
+    print(f"tnl {name}: error: {message}".replace("tnl :", "tnl:"), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""Checkpoints: everything a run needs to go on as if it had not stopped.
+
+A checkpoint is the folder `step-00001000` with the shards of `torch.distributed.checkpoint` (model, optimiser, random
+number generators) and `run.json` (step, scheduler, position in the data, what the run trains on, sizes of all files).
+It is written under another name, flushed to the disk and then renamed: a folder of that name is complete, or was
+damaged later, which the sizes show.
+
+`torch.distributed.checkpoint` keeps its index as a pickle: resume only from folders that you trust.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from tnl.training.model import flush_to_disk
+from tnl.training.parallel import Ranks
+
+PREFIX = "step-"
+UNFINISHED = ".unfinished-"
+
+
+class Checkpoints:
+    """The checkpoints of a run.
+
+    Attributes:
+        folder: Where they lie.
+        keep: How many of the newest are kept.
+        ranks: The processes that write them together.
+        warn: Called with one line for each checkpoint that is passed over.
+    """
+
+    def __init__(self, folder: Path, keep: int, ranks: Ranks, warn: Callable[[str], None]) -> None:
+        self.folder, self.keep, self.ranks, self.warn = folder, keep, ranks, warn
+
+    def complete(self) -> list[Path]:
+        """Complete checkpoints, oldest first; a damaged one is named with what is wrong."""
+        found = []
+        for path in sorted(self.folder.glob(f"{PREFIX}*")):
+            fault = find_fault(path)
+            if fault is None:
+                found.append(path)
+            else:
+                self.warn(f"skipped checkpoint {path}: {fault}")
+        return found
+
+    def newest(self) -> Path | None:
+        """The newest complete checkpoint."""
+        return next(iter(reversed(self.complete())), None)
+
+    def save(self, step: int, record: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
+        """Write a checkpoint and delete the oldest ones.
+
+        Args:
+            step: Names the checkpoint.
+            record: What `run.json` holds, apart from the sizes of the files.
+            model: Its (sharded) parameters are saved.
+            optimizer: Its state is saved.
+
+        Raises:
+            OSError: It could not be written; nothing of it is left, older ones are whole.
+        """
+        path = self.folder / f"{PREFIX}{step:08d}"
+        unfinished = self.folder / f"{UNFINISHED}{path.name}"
+        if self.ranks.is_first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob(f"{UNFINISHED}*"):
+                shutil.rmtree(leftover)
+        self.ranks.wait()
+        try:
+            alone = self.ranks.mesh is None
+            dcp.save(self._state(model, optimizer), checkpoint_id=unfinished, no_dist=alone)
+            self.ranks.wait()
+            if self.ranks.is_first:
+                self._finish(unfinished, path, record)
+        except Exception as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            reason = str(error).strip().splitlines()[-1]
+            before = self.newest() or "none"
+            raise OSError(f"cannot write checkpoint {path} ({reason}); the newest complete one: {before}") from error
+        self.ranks.wait()
+        return path
+
+    def _finish(self, unfinished: Path, path: Path, record: dict[str, Any]) -> None:
+        sizes = {file.name: file.stat().st_size for file in sorted(unfinished.iterdir())}
+        (unfinished / "run.json").write_text(json.dumps(record | {"files": sizes}, indent=1) + "\n")
+        for file in unfinished.iterdir():
+            flush_to_disk(file)
+        flush_to_disk(unfinished)
+        shutil.rmtree(path, ignore_errors=True)  # a damaged one of the same step
+        unfinished.rename(path)
+        flush_to_disk(self.folder)
+        for old in self.complete()[: -self.keep]:
+            doomed = old.with_name(f"{UNFINISHED}{old.name}")
+            old.rename(doomed)  # so that a kill in the middle leaves no half checkpoint under a good name
+            shutil.rmtree(doomed)
+
+    def load(self, path: Path, record: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Read a checkpoint into model, optimiser and (with as many processes) the random number generators."""
+        same_ranks = record["ranks"] == self.ranks.size
+        state = self._state(model, optimizer, with_generators=same_ranks)
+        dcp.load(state, checkpoint_id=path, no_dist=self.ranks.mesh is None)
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        if same_ranks:
+            set_generator_states(state["generators"][str(self.ranks.rank)])
+
+    def _state(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, with_generators: bool = True
+    ) -> dict[str, Any]:
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+        if with_generators:
+            state["generators"] = {str(self.ranks.rank): generator_states()}
+        return state
+
+
+def find_fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint, None when it is whole: `run.json` is readable, files are there in full."""
+    try:
+        sizes = read_record(path)["files"]
+    except (OSError, ValueError, KeyError):
+        return "run.json is missing or damaged"
+    for name, size in sizes.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What `run.json` of a checkpoint holds."""
+    return json.loads((path / "run.json").read_text())
+
+
+def generator_states() -> dict[str, torch.Tensor]:
+    """States of torch's random number generators in this process."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_generator_states(states: dict[str, torch.Tensor]) -> None:
+    """Put the random number generators into the states that `generator_states` gave."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], name: str = "") -> list[str]:
+    """One line for each field in which two nested records differ."""
+    lines = []
+    for key in sorted(before.keys() | now.keys()):
+        label, old, new = f"{name}{key}", before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += differences(old, new, f"{label}.")
+        elif old != new:
+            lines.append(f"{label} was {old!r} and is {new!r}")
+    return lines

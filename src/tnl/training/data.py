@@ -1,0 +1,521 @@
+"""From text to rows of tokens.
+
+Sources (files, folders, globs, `datasets`) give documents; a `TextEncoder` turns each into tokens; a `TokenStore`
+keeps the tokens of all documents in a memory-mapped file; `PackedRows` cuts them into rows of equal length, in an
+order that depends on the seed alone; `make_loader` feeds each process its own rows.
+
+A row is handed to the model as `input_ids` and `position_ids`. Positions begin again at 0 with every document (and
+with every row), which is how transformers marks packed sequences: neither state nor attention crosses them.
+"""
+
+import contextlib
+import functools
+import glob
+import gzip
+import hashlib
+import json
+import lzma
+import math
+import os
+import shutil
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from tnl.training.config import BPE, DataSettings, TokenizerSettings, as_list
+from tnl.training.tokenizer import TextEncoder, load_tokenizer, train_bpe
+
+IGNORED = -100  # target of a position that predicts nothing
+DATASETS_PREFIX = "datasets:"
+STRUCTURED = {".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
+COMPRESSED: dict[str, Callable[[Path, str], Any]] = {".gz": gzip.open, ".xz": lzma.open}
+READ_SIZE = 1 << 20
+
+Batch = dict[str, torch.Tensor]
+
+
+class Document(NamedTuple):
+    """One text: `name` says where it is from, `content` is UTF-8 bytes or a string."""
+
+    name: str
+    content: bytes | str
+
+
+# ---------------------------------------------------------------------------------------------------- sources
+
+
+def list_files(source: str) -> list[Path]:
+    """Files of a source: itself, all below a folder but hidden ones, or what a glob finds, in sorted order.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        inside = (p for p in sorted(path.rglob("*")) if not any(s.startswith(".") for s in p.relative_to(path).parts))
+        files = [p for p in inside if p.is_file()]
+    else:
+        files = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
+    if not files:
+        raise FileNotFoundError(f"data: no such file, or an empty folder: {source}")
+    return files
+
+
+def describe_source(source: str) -> list[Any]:
+    """What identifies a source without reading it: names, sizes and times of its files, or its `datasets` name."""
+    if source.startswith(DATASETS_PREFIX):
+        return [source]
+    stats = [(str(path), path.stat()) for path in list_files(source)]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+
+def read_documents(
+    sources: Iterable[str], separator: str | None, column: str, skipped: Counter[str]
+) -> Iterator[Document]:
+    """Documents of all sources in order; what cannot be read is counted in `skipped` by reason."""
+    for source in sources:
+        if source.startswith(DATASETS_PREFIX):
+            documents = _read_dataset(source, column)
+        elif _is_saved_dataset(Path(source)):
+            documents = _read_saved_dataset(source, column)
+        else:
+            documents = _read_files(list_files(source), separator, column, skipped)
+        for document in documents:
+            if document.content:
+                yield document
+            else:
+                skipped["empty"] += 1
+
+
+def _read_files(files: list[Path], separator: str | None, column: str, skipped: Counter[str]) -> Iterator[Document]:
+    for path in files:
+        suffix = (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix
+        if suffix in STRUCTURED:
+            yield from _read_structured(path, STRUCTURED[suffix], column)
+            continue
+        try:
+            with COMPRESSED.get(path.suffix, open)(path, "rb") as file:
+                if suffix == ".jsonl":
+                    yield from _read_json_lines(path, file, column, skipped)
+                elif separator is not None:
+                    pieces = _split(file, separator.encode())
+                    yield from (Document(f"{path}#{i}", piece) for i, piece in enumerate(pieces))
+                else:
+                    content = file.read()
+                    if len(files) > 1 and b"\0" in content[:8192]:
+                        skipped["binary"] += 1
+                    else:
+                        yield Document(str(path), content)
+        except (gzip.BadGzipFile, lzma.LZMAError, EOFError):
+            skipped["unreadable"] += 1
+
+
+def _split(file: BinaryIO, separator: bytes) -> Iterator[bytes]:
+    """Pieces of a file between separators, holding one piece in memory."""
+    if not separator:
+        raise ValueError("data.separator: expected a text of at least one character, got ''")
+    rest = bytearray()
+    while chunk := file.read(READ_SIZE):
+        seen = max(0, len(rest) - len(separator) + 1)  # a separator may lie across two reads
+        rest += chunk
+        if rest.find(separator, seen) >= 0:
+            *pieces, rest = rest.split(separator)
+            yield from map(bytes, pieces)
+    if rest:
+        yield bytes(rest)
+
+
+def _read_json_lines(path: Path, file: BinaryIO, column: str, skipped: Counter[str]) -> Iterator[Document]:
+    for number, line in enumerate(file):
+        try:
+            text = json.loads(line)[column]
+        except (ValueError, KeyError, TypeError):
+            text = None
+        if isinstance(text, str):
+            yield Document(f"{path}#{number}", text.encode("utf-8", errors="replace"))
+        else:
+            skipped["unreadable"] += 1
+
+
+def _read_structured(path: Path, kind: str, column: str) -> Iterator[Document]:
+    import datasets
+
+    rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
+    yield from _read_rows(rows, str(path), column)
+
+
+def _read_dataset(source: str, column: str) -> Iterator[Document]:
+    import datasets
+
+    name, *rest = source.removeprefix(DATASETS_PREFIX).split(":")
+    configuration, split = (*rest, *([""] * (2 - len(rest))))[:2]
+    if not name or len(rest) > 2:
+        raise ValueError(f"data: expected datasets:NAME[:CONFIGURATION[:SPLIT]], got {source!r}")
+    if _is_saved_dataset(Path(name)):
+        yield from _read_saved_dataset(name, column, split)
+        return
+    rows = datasets.load_dataset(name, configuration or None, split=split or "train", streaming=True)
+    yield from _read_rows(rows, source, column)
+
+
+def _is_saved_dataset(folder: Path) -> bool:
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+def _read_saved_dataset(folder: str, column: str, split: str = "") -> Iterator[Document]:
+    import datasets
+
+    rows = datasets.load_from_disk(folder)
+    if isinstance(rows, datasets.DatasetDict):
+        if (split or "train") not in rows:
+            raise ValueError(f"data: expected one of the splits {sorted(rows)} of {folder}, got {split or 'train'!r}")
+        rows = rows[split or "train"]
+    yield from _read_rows(rows, folder, column)
+
+
+def _read_rows(rows: Iterable[dict[str, Any]], source: str, column: str) -> Iterator[Document]:
+    for number, row in enumerate(rows):
+        if column not in row:
+            raise ValueError(f"data.column: expected one of {sorted(row)} in {source}, got {column!r}")
+        yield Document(f"{source}#{number}", row[column] or "")
+
+
+# ---------------------------------------------------------------------------------------------------- tokens
+
+
+class TokenStore:
+    """Tokens of many documents in one memory-mapped file, opened from the folder that `TokenWriter` wrote.
+
+    Attributes:
+        folder: Where it lies.
+        lengths: Tokens of each document, [N] int64.
+        text_bytes: UTF-8 bytes of each document, [N] int64.
+        index: What `index.json` says: counts, the tokenizer's fingerprint, a digest of the tokens.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.index: dict[str, Any] = json.loads((folder / "index.json").read_text())
+        documents = np.load(folder / "documents.npy", mmap_mode="r", allow_pickle=False)
+        self.lengths, self.text_bytes = documents[:, 0], documents[:, 1]
+        self._starts = np.concatenate([[0], np.cumsum(self.lengths)])
+        dtype = np.dtype(self.index["dtype"])
+        # An empty file cannot be mapped.
+        self._tokens = np.memmap(folder / "tokens.bin", dtype, mode="r") if self.index["tokens"] else np.empty(0, dtype)
+        if len(self._tokens) != self._starts[-1]:
+            raise ValueError(f"data: expected {self._starts[-1]} tokens in {folder}, found {len(self._tokens)}")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def tokens(self, document: int, start: int = 0, stop: int | None = None) -> npt.NDArray[np.unsignedinteger]:
+        """Tokens [start, stop) of a document, as many as there are."""
+        length = int(self.lengths[document])
+        stop = length if stop is None else min(stop, length)
+        return self._tokens[self._starts[document] + start : self._starts[document] + stop]
+
+    def names(self) -> list[str]:
+        """Name of each document."""
+        return [json.loads(line) for line in (self.folder / "names.jsonl").read_text().splitlines()]
+
+
+class TokenWriter:
+    """Writes documents into the folder of a `TokenStore`, a batch at a time."""
+
+    def __init__(self, folder: Path, encoder: TextEncoder) -> None:
+        folder.mkdir(parents=True)
+        self._folder, self._encoder = folder, encoder
+        self._tokens = (folder / "tokens.bin").open("wb")
+        self._names = (folder / "names.jsonl").open("w")
+        self._documents: list[tuple[int, int]] = []
+        self._digest = hashlib.sha256()
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def write(self, batch: list[Document]) -> None:
+        """Encode documents and append them."""
+        for document, tokens in zip(batch, self._encoder.encode([d.content for d in batch]), strict=True):
+            content = document.content
+            self._documents.append((len(tokens), len(content.encode() if isinstance(content, str) else content)))
+            self._names.write(json.dumps(document.name) + "\n")
+            raw = tokens.tobytes()
+            self._digest.update(raw)
+            self._tokens.write(raw)
+
+    def close(self) -> None:
+        """Finish the folder."""
+        documents = np.array(self._documents, dtype=np.int64).reshape(-1, 2)
+        self._digest.update(documents.tobytes())
+        np.save(self._folder / "documents.npy", documents, allow_pickle=False)
+        for file in (self._tokens, self._names):
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        index = {
+            "documents": len(documents),
+            "tokens": int(documents[:, 0].sum()),
+            "text_bytes": int(documents[:, 1].sum()),
+            "dtype": self._encoder.dtype.name,
+            "tokenizer": self._encoder.fingerprint,
+            "digest": self._digest.hexdigest()[:16],
+        }
+        (self._folder / "index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def batched(documents: Iterable[Document], most_bytes: int = 4 << 20) -> Iterator[list[Document]]:
+    """Groups of documents of about `most_bytes`, so that a tokenizer can work on several at once."""
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.content)
+        if size >= most_bytes:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def held_out_draw(seed: int, number: int, name: str) -> float:
+    """A number in [0, 1) that depends on the seed and the document alone; held out is who draws a low one."""
+    draw = hashlib.blake2b(f"{seed}/{number}/{name}".encode(), digest_size=6).digest()
+    return int.from_bytes(draw, "big") / 2.0**48
+
+
+def prepare_tokenizer(settings: TokenizerSettings, data: DataSettings, folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that the settings name; a BPE is trained on the training documents and kept in `folder`."""
+    if settings.name != BPE:
+        return load_tokenizer(settings.name)
+    sources = as_list(data.train)
+    request = [settings.vocabulary_size, data.separator, data.column, [describe_source(s) for s in sources]]
+    complete = folder / f"bpe-{digest_of(request)}"
+    if not complete.is_dir():
+        documents = read_documents(sources, data.separator, data.column, Counter())
+        texts = (d.content if isinstance(d.content, str) else d.content.decode(errors="replace") for d in documents)
+        with unfinished_folder(complete) as unfinished:
+            train_bpe(texts, settings.vocabulary_size).save_pretrained(unfinished)
+    return load_tokenizer(str(complete))
+
+
+def digest_of(request: Any) -> str:
+    """Short digest of something that JSON can write."""
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def unfinished_folder(complete: Path) -> Iterator[Path]:
+    """A folder to write into that gets its name when the block ends well, and is deleted when it does not."""
+    unfinished = complete.with_name(f".unfinished-{complete.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        yield unfinished
+        unfinished.rename(complete)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Training tokens, held-out tokens (None: nothing is held out), and what was skipped, by reason."""
+
+    train: TokenStore
+    held_out: TokenStore | None
+    skipped: dict[str, int]
+
+
+def prepare_corpus(settings: DataSettings, encoder: TextEncoder, folder: Path, seed: int) -> Corpus:
+    """Tokens of the training and the held-out documents, from `folder` if they were written there before.
+
+    Everything that decides the tokens names the sub-folder; it appears under that name when it is complete.
+
+    Raises:
+        FileNotFoundError: A source does not exist.
+        ValueError: The sources hold no text.
+    """
+    request = {
+        "train": [describe_source(source) for source in as_list(settings.train)],
+        "held_out": [describe_source(source) for source in as_list(settings.held_out)],
+        "split": None if settings.held_out else [settings.held_out_fraction, seed],
+        "separator": settings.separator,
+        "column": settings.column,
+        "tokenizer": encoder.fingerprint,
+    }
+    complete = folder / f"tokens-{digest_of(request)}"
+    if not complete.is_dir():
+        with unfinished_folder(complete) as unfinished:
+            skipped = _write_corpus(settings, encoder, unfinished, seed)
+            (unfinished / "request.json").write_text(json.dumps(request | {"skipped": skipped}, indent=1) + "\n")
+    return open_corpus(complete)
+
+
+def open_corpus(folder: Path) -> Corpus:
+    """The corpus in a folder that `prepare_corpus` wrote."""
+    held_out = TokenStore(folder / "held_out")
+    skipped = json.loads((folder / "request.json").read_text())["skipped"]
+    return Corpus(TokenStore(folder / "train"), held_out if len(held_out) else None, skipped)
+
+
+def _write_corpus(settings: DataSettings, encoder: TextEncoder, folder: Path, seed: int) -> dict[str, int]:
+    separate = bool(settings.held_out)
+    skipped, lowest = _write_split(settings, encoder, folder, seed, 0.0 if separate else settings.held_out_fraction)
+    if not separate and settings.held_out_fraction > 0 and lowest >= settings.held_out_fraction:
+        # A small corpus, none of whose documents drew low enough: hold out the one that drew lowest.
+        shutil.rmtree(folder)
+        skipped, _ = _write_split(settings, encoder, folder, seed, math.nextafter(lowest, 1))
+    if separate:
+        sources = as_list(settings.held_out)
+        writer = TokenWriter(folder / "held_out", encoder)
+        for batch in batched(read_documents(sources, settings.separator, settings.column, skipped)):
+            writer.write(batch)
+        if not len(writer):
+            raise ValueError(f"data.held_out: expected text, found none in {', '.join(sources)}")
+        writer.close()
+    return dict(skipped)
+
+
+def _write_split(
+    settings: DataSettings, encoder: TextEncoder, folder: Path, seed: int, fraction: float
+) -> tuple[Counter[str], float]:
+    """Write the training documents and, for a fraction above 0, the held-out ones; the lowest draw of several."""
+    skipped: Counter[str] = Counter()
+    train = TokenWriter(folder / "train", encoder)
+    held_out = TokenWriter(folder / "held_out", encoder) if not settings.held_out else None
+    draws: list[float] = []
+    for batch in batched(read_documents(as_list(settings.train), settings.separator, settings.column, skipped)):
+        for document in batch:
+            draws.append(held_out_draw(seed, len(draws), document.name))
+        chosen = [draw < fraction for draw in draws[-len(batch) :]]
+        train.write([d for d, held in zip(batch, chosen, strict=True) if not held])
+        if held_out is not None:
+            held_out.write([d for d, held in zip(batch, chosen, strict=True) if held])
+    if not len(train):
+        raise ValueError(f"data.train: expected text, found none in {', '.join(as_list(settings.train))}")
+    train.close()
+    if held_out is not None:
+        held_out.close()
+    return skipped, min(draws) if len(draws) > 1 else 0.0
+
+
+# ---------------------------------------------------------------------------------------------------- rows
+
+
+class PackedRows(torch.utils.data.Dataset[Batch]):
+    """Rows of `sequence_length` tokens cut from the documents of a store, one after another.
+
+    Row i of epoch e is a function of the store, the seed, i and e: documents are shuffled anew each epoch, laid end
+    to end and cut; only the last row of an epoch is filled up. Every token but the first of a document is predicted
+    once an epoch. Item `e * rows_per_epoch + i` holds `input_ids`, `targets` (the token that follows within the
+    document, or IGNORED) and `position_ids`, each [T] int64.
+    """
+
+    def __init__(self, store: TokenStore, sequence_length: int, seed: int | None) -> None:
+        """`seed` None keeps the documents in their order."""
+        self.store, self.sequence_length, self.seed = store, sequence_length, seed
+        self.rows_per_epoch = -(-int(store.lengths.sum()) // sequence_length)
+        self._epoch = functools.lru_cache(maxsize=2)(self._lay_out_epoch)
+
+    def __len__(self) -> int:
+        return self.rows_per_epoch
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"store": self.store.folder, "sequence_length": self.sequence_length, "seed": self.seed}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(TokenStore(state["store"]), state["sequence_length"], state["seed"])  # type: ignore[misc]
+
+    def _lay_out_epoch(self, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Order of the documents, and where each begins in the epoch's stream of tokens ([N], [N + 1])."""
+        order = np.arange(len(self.store))
+        if self.seed is not None:
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.store))
+        return order, np.concatenate([[0], np.cumsum(self.store.lengths[order])])
+
+    def __getitem__(self, item: int) -> Batch:
+        epoch, row = divmod(item, self.rows_per_epoch)
+        order, starts = self._epoch(epoch)
+        input_ids = np.zeros(self.sequence_length, dtype=np.int64)
+        targets = np.full(self.sequence_length, IGNORED, dtype=np.int64)
+        position_ids = np.arange(self.sequence_length)
+        first = row * self.sequence_length
+        place = int(np.searchsorted(starts, first, side="right")) - 1
+        filled = 0
+        while filled < self.sequence_length and place < len(order):
+            begin = first + filled - int(starts[place])  # within the document
+            # one token more than fits: the target of the last position
+            tokens = self.store.tokens(int(order[place]), begin, begin + self.sequence_length - filled + 1)
+            count = min(len(tokens), self.sequence_length - filled)
+            input_ids[filled : filled + count] = tokens[:count]
+            targets[filled : filled + len(tokens) - 1] = tokens[1:]
+            position_ids[filled : filled + count] = np.arange(count)
+            filled += count
+            place += 1
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "targets": torch.from_numpy(targets),
+            "position_ids": torch.from_numpy(position_ids),
+        }
+
+
+def collate(rows: list[Batch]) -> Batch:
+    """A micro-batch [B, T] of rows [T].
+
+    Where a row holds several documents, `cu_seq_lens_q` [N + 1] int32 has the boundaries of all documents in the rows
+    laid end to end, for models that read it; where none does, positions are left out as well.
+    """
+    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    starts = (batch["position_ids"].flatten() == 0).nonzero().flatten()
+    if len(starts) == len(rows):
+        del batch["position_ids"]
+    else:
+        end = torch.tensor([batch["input_ids"].numel()])
+        batch["cu_seq_lens_q"] = torch.cat([starts, end]).int()
+    return batch
+
+
+class RowSampler(torch.utils.data.Sampler[list[int]]):
+    """Items of the micro-batches of one process, without end; its state is the number of rows all have taken.
+
+    Together the processes take rows in order, whatever their number and that of micro-batches, so that a run can go
+    on with another number of either.
+    """
+
+    def __init__(self, micro_batch_size: int, rank: int, ranks: int) -> None:
+        self.micro_batch_size, self.rank, self.ranks = micro_batch_size, rank, ranks
+        self.rows_taken = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        while True:
+            first = self.rows_taken + self.rank * self.micro_batch_size
+            self.rows_taken += self.ranks * self.micro_batch_size
+            yield list(range(first, first + self.micro_batch_size))
+
+    def state_dict(self) -> dict[str, int]:
+        """Rows taken so far, over all processes."""
+        return {"rows_taken": self.rows_taken}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after the rows of `state_dict`."""
+        self.rows_taken = state["rows_taken"]
+
+
+def make_loader(rows: PackedRows, sampler: RowSampler, workers: int) -> "StatefulDataLoader":  # type: ignore[name-defined]  # noqa: F821
+    """A stateful loader of micro-batches {name: [B, T] int64}."""
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
+        return StatefulDataLoader(
+            rows, batch_sampler=sampler, num_workers=workers, collate_fn=collate, persistent_workers=workers > 0
+        )

@@ -1,0 +1,200 @@
+"""Models for training, evaluation and generation: made by name, loaded from and saved to Hugging Face folders."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from tnl.models import PRESETS, TnlConfig
+from tnl.training.config import ModelSettings
+
+VOCABULARY_MULTIPLE = 64  # the rows of embedding and head are rounded up to this: matrix products like it
+
+
+def choose_device(device: str) -> torch.device:
+    """The device for `auto`, `cpu` or `cuda`.
+
+    Raises:
+        ValueError: `cuda` without a GPU.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: expected cpu or auto on a machine without a usable GPU, got 'cuda'")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def build_model(
+    settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, sequence_length: int, device: torch.device
+) -> PreTrainedModel:
+    """The model that the settings name, in float32 on the device; new weights come from torch's generator.
+
+    Raises:
+        ValueError: No such model, an unknown field, or a model too small for the tokenizer or the rows.
+    """
+    config, weights = _configuration(settings, tokenizer)
+    text_config = config.get_text_config()
+    if text_config.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"model.name: expected a vocabulary of at least the tokenizer's {len(tokenizer)} tokens, "
+            f"got {text_config.vocab_size}"
+        )
+    longest = getattr(text_config, "max_position_embeddings", None)
+    if longest is not None and longest < sequence_length:
+        raise ValueError(f"sequence_length: expected at most the model's {longest} positions, got {sequence_length}")
+    with torch.device(device):
+        if weights is None:
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(weights, config=config, dtype=torch.float32)
+    return model.to(device)
+
+
+def _configuration(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedConfig, str | None]:
+    """The model's configuration, and the folder or hub name that its weights come from (None: new weights)."""
+    name, overrides = settings.name, settings.overrides
+    tokens = {
+        "vocab_size": -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if name in PRESETS:
+        try:
+            return TnlConfig.from_preset(name, **(tokens | overrides)), None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"model.overrides: {error}") from error
+    if name in CONFIG_MAPPING:
+        known = AutoConfig.for_model(name).to_dict()
+        _refuse_unknown(overrides, known)
+        try:
+            return AutoConfig.for_model(name, **(tokens | overrides)), None
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"model.overrides: {error}") from error
+    if not Path(name).is_dir() and "/" not in name:
+        raise ValueError(
+            f"model.name: expected a preset ({', '.join(PRESETS)}), a folder or a model_type of transformers, "
+            f"got {name!r}"
+        )
+    folder = str(find_model_folder(name)) if Path(name).is_dir() else name
+    config = AutoConfig.from_pretrained(folder)
+    _refuse_unknown(overrides, config.to_dict())
+    for field, value in overrides.items():
+        setattr(config, field, value)
+    has_weights = not Path(folder).is_dir() or any(Path(folder).glob("*.safetensors"))
+    return config, folder if has_weights else None
+
+
+def _refuse_unknown(overrides: dict[str, Any], known: dict[str, Any]) -> None:
+    unknown = sorted(overrides.keys() - known.keys())
+    if unknown:
+        raise ValueError(f"model.overrides: expected fields of the model's configuration, got {', '.join(unknown)}")
+
+
+@torch.no_grad()
+def keeps_documents_apart(model: PreTrainedModel) -> bool:
+    """Whether positions that begin again keep a document from the one before it in the row; tried out on 8 tokens."""
+    device = next(model.parameters()).device
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]], device=device)
+    tokens = torch.tensor([[1, 2, 3, 4, 1, 2, 3, 4], [4, 3, 2, 1, 1, 2, 3, 4]], device=device)
+    was_training = model.training
+    model.eval()
+    one, other = (model(input_ids=row[None], position_ids=positions, use_cache=False).logits[0, 4:] for row in tokens)
+    model.train(was_training)
+    return bool(torch.allclose(one, other, rtol=1e-3, atol=1e-4))
+
+
+def find_model_folder(name: str) -> Path:
+    """The folder itself, or `model/` inside the folder of a run.
+
+    Raises:
+        FileNotFoundError: There is no model.
+    """
+    for folder in (Path(name), Path(name) / "model"):
+        if (folder / "config.json").is_file():
+            return folder
+    raise FileNotFoundError(f"model: expected a folder with a config.json, found none in {name}")
+
+
+def load_model(name: str, device: torch.device, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer from a folder, ready for evaluation."""
+    folder = find_model_folder(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model: expected a tokenizer in {folder} ({str(error).splitlines()[0]})") from error
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    return model.to(device).eval(), tokenizer
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    state: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write a Hugging Face folder; one of the same name is replaced when the new one is complete.
+
+    Args:
+        model: The model.
+        tokenizer: Saved beside it.
+        folder: Where to.
+        state: Whole tensors to save in place of the model's own (which may be shards).
+    """
+    unfinished, old = folder.with_name(f".unfinished-{folder.name}"), folder.with_name(f".old-{folder.name}")
+    for leftover in (unfinished, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        model.save_pretrained(unfinished, state_dict=state)
+        tokenizer.save_pretrained(unfinished)
+        for path in unfinished.iterdir():
+            flush_to_disk(path)
+    except Exception as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise OSError(f"cannot write the model to {folder}: {error}") from error
+    if folder.exists():
+        folder.rename(old)
+    unfinished.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    flush_to_disk(folder.parent)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def print_presets() -> None:
+    """Print the presets of TNL as a table; parameters are counted without allocating any."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for column in ("preset", "parameters", "layers", "width", "heads", "vocabulary"):
+        table.add_column(column, justify="left" if column == "preset" else "right")
+    for name in PRESETS:
+        config = TnlConfig.from_preset(name)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        table.add_row(
+            name,
+            f"{sum(parameter.numel() for parameter in model.parameters()):,}",
+            str(config.num_hidden_layers),
+            str(config.hidden_size),
+            str(config.num_attention_heads),
+            f"{config.vocab_size:,}",
+        )
+    Console().print(table)

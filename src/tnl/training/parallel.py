@@ -1,0 +1,123 @@
+"""How a model is laid out over processes and devices, applied from outside: the model knows none of it.
+
+Started by `torchrun`, every process holds a shard of the parameters (FSDP2, `fully_shard`) and reads its own rows.
+Started alone, the same code runs in one process. The backend is NCCL on GPUs and gloo on a CPU.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from transformers import PreTrainedModel
+
+from tnl.training.config import ParallelSettings
+from tnl.training.model import choose_device
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that train together.
+
+    Attributes:
+        rank: Number of this process.
+        size: Number of processes.
+        device: Device of this process.
+        mesh: One-dimensional mesh of all processes, None for a process alone.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh | None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what only one should."""
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Elementwise sum over the processes (in place where there are several)."""
+        if self.mesh is not None:
+            torch.distributed.all_reduce(values, group=self.mesh.get_group())
+        return values
+
+    def wait(self) -> None:
+        """Wait for all processes."""
+        if self.mesh is not None:
+            torch.distributed.barrier(group=self.mesh.get_group())
+
+    @contextlib.contextmanager
+    def first_one_first(self) -> Iterator[None]:
+        """The first process runs the block, then the others do: they find what it wrote."""
+        if not self.is_first:
+            self.wait()
+        yield
+        if self.is_first:
+            self.wait()
+
+    def gather(self, value: object) -> list[object]:
+        """The value of each process, on all of them."""
+        if self.mesh is None:
+            return [value]
+        values: list[object] = [None] * self.size
+        torch.distributed.all_gather_object(values, value, group=self.mesh.get_group())
+        return values
+
+
+@contextlib.contextmanager
+def join_ranks(device: str) -> Iterator[Ranks]:
+    """Join the other processes where `torchrun` started this one; leave them at the end."""
+    chosen = choose_device(device)
+    if "WORLD_SIZE" not in os.environ:
+        yield Ranks(rank=0, size=1, device=chosen, mesh=None)
+        return
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(chosen)
+    # Objects and barriers go through gloo, tensors on a GPU through NCCL.
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        size = torch.distributed.get_world_size()
+        mesh = init_device_mesh(chosen.type, (size,), mesh_dim_names=("data",))
+        yield Ranks(rank=torch.distributed.get_rank(), size=size, device=chosen, mesh=mesh)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The repeated blocks of a model, as its class names them for sharding (`_no_split_modules`)."""
+    names = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def lay_out(model: PreTrainedModel, settings: ParallelSettings, ranks: Ranks) -> None:
+    """Apply activation checkpointing, compilation and sharding to the model, in place."""
+    blocks = blocks_of(model)
+    if settings.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if settings.compile:
+        for block in blocks:
+            block.compile()
+    if ranks.mesh is not None:
+        dtype = getattr(torch, settings.precision)
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        for module in (*blocks, model):
+            fully_shard(module, mesh=ranks.mesh, mp_policy=policy)
+
+
+def autocast(settings: ParallelSettings, ranks: Ranks) -> contextlib.AbstractContextManager[None]:
+    """Arithmetic in bfloat16 for a process alone; several have FSDP2's mixed precision."""
+    wanted = settings.precision == "bfloat16" and ranks.mesh is None
+    return torch.autocast(ranks.device.type, dtype=torch.bfloat16, enabled=wanted)
+
+
+def exchange_gradients(model: nn.Module, wanted: bool) -> None:
+    """Whether the next backward pass sums gradients over the processes, or only adds to this one's."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(wanted)
