@@ -18,7 +18,7 @@ from tnl.models import PRESETS, TnlConfig, TnlForCausalLM
         ("1b", 1.15e9),
         ("3b", 3.07e9),
         ("7b", 7.10e9),
-        ("15b", 14.9e9),
+        ("15b", 14.83e9),
     ],
 )
 def test_preset_on_the_meta_device(name: str, parameters: float) -> None:

@@ -133,8 +133,8 @@ def test_initial_weights() -> None:
     model = TnlForCausalLM(TnlConfig.from_preset("tiny", pad_token_id=3))
     for name, parameter in model.named_parameters():
         if name.endswith("theta"):
-            expected = 10000 ** (-2 / 32 * torch.arange(32.0))
-            torch.testing.assert_close(parameter, expected.expand(6, 1, 32))
+            expected = 10000 ** (-2 / 64 * torch.arange(64.0))
+            torch.testing.assert_close(parameter, expected.expand(3, 1, 64))
         else:
             assert parameter.std().item() == pytest.approx(0.02, rel=0.05), name
             assert abs(parameter.mean().item()) < 1e-3, name

@@ -14,7 +14,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "vocab_size": 256,
         "hidden_size": 192,
         "num_hidden_layers": 4,
-        "num_attention_heads": 6,
+        "num_attention_heads": 3,
         "intermediate_size": 512,
         "tie_word_embeddings": True,
         "pad_token_id": None,
@@ -56,7 +56,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "hidden_size": 5120,
         "num_hidden_layers": 42,
         "num_attention_heads": 40,
-        "intermediate_size": 13568,
+        "intermediate_size": 13440,
     },
 }
 

@@ -34,7 +34,7 @@ IGNORED_LABEL = -100
 
 
 class TnlNorm(nn.Module):
-    """SRMSNorm over the last dim: `x / sqrt(mean(x^2) + eps)`, no weight (arXiv 2307.14995 eq. 13).
+    """SRMSNorm over the last dim: `x / sqrt(mean(x^2) + eps)`, no weight (arXiv 2307.14995 section 3.1.3).
 
     Computed in float32 whatever the model's dtype, float64 included, as in the released code and in the
     norms of transformers.
@@ -55,7 +55,7 @@ class TnlNorm(nn.Module):
 
 
 class TnlRelativePositions(nn.Module):
-    """LRPE-d: `x -> concat[x cos(theta t), x sin(theta t)]` with learnt theta (arXiv 2307.14995 eq. 4).
+    """LRPE-d: `x -> concat[x cos(theta t), x sin(theta t)]` with learnt theta (arXiv 2307.14995 section 3.1.1).
 
     The product of an encoded query and an encoded key depends on the difference of their positions
     alone, so a shift of all positions changes nothing.
@@ -100,7 +100,7 @@ class TnlRelativePositions(nn.Module):
 
 
 class TnlAttention(nn.Module):
-    """Gated linear attention (arXiv 2405.17381 eq. 4 to 9): `W_o (u * SRMSNorm(o))`.
+    """Gated linear attention: `W_o (u * SRMSNorm(o))` (arXiv 2307.14995 section 3.1.2).
 
     `q, k, v, u` come from one projection; q and k pass through SiLU; the norm runs over all heads
     together.
@@ -164,7 +164,7 @@ class TnlAttention(nn.Module):
 
 
 class TnlGatedLinearUnit(nn.Module):
-    """SGLU: `W_3 ((W_1 x) * (W_2 x))`, without activation (arXiv 2307.14995 eq. 12)."""
+    """SGLU: `W_3 ((W_1 x) * (W_2 x))`, without activation (arXiv 2307.14995 section 3.1.2)."""
 
     def __init__(self, config: TnlConfig) -> None:
         super().__init__()
