@@ -4,6 +4,7 @@ Tier T0.
 """
 
 import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,53 +60,98 @@ def logits_of(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Tensor:
 # Definition
 
 
-def logits_by_definition(model: TnlForCausalLM, input_ids: Tensor) -> Tensor:
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": lambda x: x / (1 + (-x).exp()),
+    "relu": lambda x: x.clamp(min=0),
+    "gelu": lambda x: x * (1 + torch.erf(x / 2**0.5)) / 2,
+    "sigmoid": lambda x: 1 / (1 + (-x).exp()),
+    "1+elu": lambda x: torch.where(x > 0, 1 + x, x.exp()),
+    "none": lambda x: x,
+}
+
+
+class Definition:
     """The architecture one token and one head at a time, in float64."""
-    weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
-    config = model.config
-    heads, _, width = config.state_shape(0)
 
-    def norm(x: Tensor) -> Tensor:
-        return x / (x.square().mean(-1, keepdim=True) + config.norm_eps).sqrt()
+    def __init__(self, model: TnlForCausalLM) -> None:
+        self.config = model.config
+        self.weights = {name: tensor.double() for name, tensor in model.state_dict().items()}
 
-    decays = log_decay(config.decay_schedule, config.num_hidden_layers, heads).double().exp()
-    rows = []
-    for ids in input_ids:
-        x = config.hidden_size**0.5 * weights["model.embed_tokens.weight"][ids]
-        for i in range(config.num_hidden_layers):
-            of_layer = {
-                name.removeprefix(f"model.layers.{i}."): tensor
-                for name, tensor in weights.items()
-                if name.startswith(f"model.layers.{i}.")
-            }
-            q, k, v, u = (norm(x) @ of_layer["attention.qkvu_proj.weight"].T).chunk(4, dim=-1)
-            q, k = q * q.sigmoid(), k * k.sigmoid()
-            output = torch.zeros_like(v)
-            for h in range(heads):
-                columns = slice(h * width, (h + 1) * width)
-                state = torch.zeros(config.state_shape(i)[1:], dtype=torch.float64)
-                for t in range(len(ids)):
-                    q_t, k_t = q[t, columns], k[t, columns]
-                    if config.uses_lrpe(i):
-                        angle = of_layer["attention.lrpe.theta"][h, 0] * t
-                        q_t = torch.cat([q_t * angle.cos(), q_t * angle.sin()])
-                        k_t = torch.cat([k_t * angle.cos(), k_t * angle.sin()])
-                    state = decays[i, h] * state + torch.outer(k_t, v[t, columns])
-                    output[t, columns] = q_t @ state
-            x = x + (u * norm(output)) @ of_layer["attention.o_proj.weight"].T
-            gated = (norm(x) @ of_layer["mlp.gate_proj.weight"].T) * (norm(x) @ of_layer["mlp.up_proj.weight"].T)
-            x = x + gated @ of_layer["mlp.down_proj.weight"].T
-        rows.append(norm(x) @ weights["lm_head.weight"].T)
-    return torch.stack(rows)
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        if self.config.norm_type == "layer":
+            x = x - x.mean(-1, keepdim=True)
+        x = x / (x.square().mean(-1, keepdim=True) + self.config.norm_eps).sqrt()
+        return x * self.weights.get(f"{name}.weight", 1) + self.weights.get(f"{name}.bias", 0)
+
+    def project(self, x: Tensor, name: str) -> Tensor:
+        return x @ self.weights[f"{name}.weight"].T
+
+    def attention(self, x: Tensor, name: str, layer: int, decays: Tensor) -> Tensor:
+        heads, key_width, width = self.config.state_shape(layer)
+        q, k, v, *gate = self.project(x, f"{name}.qkvu_proj").split(heads * width, dim=-1)
+        q, k = ACTIVATIONS[self.config.hidden_act](q), ACTIVATIONS[self.config.hidden_act](k)
+        v = ACTIVATIONS[self.config.value_act](v)
+        output = torch.zeros_like(v)
+        for h in range(heads):
+            columns = slice(h * width, (h + 1) * width)
+            state = torch.zeros(key_width, width, dtype=torch.float64)
+            for t in range(len(x)):
+                q_t, k_t = q[t, columns], k[t, columns]
+                if self.config.uses_lrpe(layer):
+                    angle = self.weights[f"{name}.lrpe.theta"][h, 0] * t
+                    q_t = torch.cat([q_t * angle.cos(), q_t * angle.sin()])
+                    k_t = torch.cat([k_t * angle.cos(), k_t * angle.sin()])
+                state = decays[h] * state + torch.outer(k_t, v[t, columns])
+                output[t, columns] = q_t @ state
+        output = self.norm(output, f"{name}.norm")
+        if self.config.gate == "linear":
+            output = output * gate[0]
+        elif self.config.gate == "sigmoid":
+            output = output * gate[0].sigmoid()
+        elif self.config.gate == "low_rank_sigmoid":
+            low = self.project(x, f"{name}.gate_down_proj")
+            output = output * self.project(low, f"{name}.gate_up_proj").sigmoid()
+        return self.project(output, f"{name}.o_proj")
+
+    def logits(self, ids: Tensor) -> Tensor:
+        layers, heads = self.config.num_hidden_layers, self.config.num_attention_heads
+        decays = log_decay(self.config.decay_schedule, layers, heads).double().exp()
+        x = self.config.hidden_size**0.5 * self.weights["model.embed_tokens.weight"][ids]
+        for i in range(layers):
+            name = f"model.layers.{i}"
+            normed = self.norm(x, f"{name}.attention_norm")
+            x = x + self.attention(normed, f"{name}.attention", i, decays[i])
+            normed = self.norm(x, f"{name}.mlp_norm")
+            gated = ACTIVATIONS[self.config.glu_act](self.project(normed, f"{name}.mlp.gate_proj"))
+            x = x + self.project(gated * self.project(normed, f"{name}.mlp.up_proj"), f"{name}.mlp.down_proj")
+        return self.project(self.norm(x, "model.norm"), "lm_head")
 
 
-@pytest.mark.parametrize("lrpe_layers", ["first", "all", "none"])
-@pytest.mark.parametrize("schedule", ["released", "paper", "none"])
-def test_definition(lrpe_layers: str, schedule: str) -> None:
-    model = small_model(lrpe_layers=lrpe_layers, decay_schedule=schedule)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        *[{"lrpe_layers": choice} for choice in ("first", "all", "none")],
+        *[{"decay_schedule": choice} for choice in ("paper", "uniform", "none")],
+        *[{"gate": choice} for choice in ("sigmoid", "low_rank_sigmoid", "none")],
+        *[{"hidden_act": choice} for choice in ("relu", "gelu", "sigmoid", "1+elu", "none")],
+        *[{"norm_type": choice} for choice in ("rms", "layer")],
+        {"value_act": "silu"},
+        {"glu_act": "silu"},
+        {"head_dim": 5},
+    ],
+    ids=lambda variant: "-".join(f"{key}={value}" for key, value in variant.items()),
+)
+def test_definition(variant: dict[str, Any]) -> None:
+    model = small_model(**variant)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:  # so that a weight or bias that is not applied is seen
+                parameter.add_(torch.randn_like(parameter) / 4)
     input_ids = random_tokens(2, 19)
-    expected = logits_by_definition(model, input_ids)
+    expected = torch.stack([Definition(model).logits(row) for row in input_ids])
     torch.testing.assert_close(logits_of(model, input_ids).double(), expected, rtol=1e-4, atol=1e-4)
+    pieces = [logits_of(model, row[None]) for row in input_ids]  # and a row of a batch is what it is alone
+    torch.testing.assert_close(torch.cat(pieces).double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_inputs_embeds_are_not_scaled() -> None:
@@ -143,7 +189,7 @@ def test_initial_weights() -> None:
 
 def test_weights_that_begin_on_the_meta_device() -> None:
     with torch.device("meta"):
-        model = TnlForCausalLM(small_config())
+        model = TnlForCausalLM(small_config(norm_type="layer"))
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         torch.nn.init.constant_(parameter, torch.nan)

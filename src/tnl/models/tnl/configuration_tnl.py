@@ -7,6 +7,9 @@ from transformers import PreTrainedConfig
 from tnl.models.tnl.decay import DECAY_SCHEDULES
 
 LRPE_CHOICES = ("first", "all", "none")
+GATES = ("linear", "sigmoid", "low_rank_sigmoid", "none")
+ACTIVATIONS = ("silu", "relu", "gelu", "sigmoid", "1+elu", "none")
+NORMS = ("srms", "rms", "layer")
 
 # Width of a head is 128 in every released size. Sources of the sizes: docs/model.md.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -76,6 +79,14 @@ class TnlConfig(PreTrainedConfig):
             `"none"` or a list of layer indices from 0.
         decay_schedule: Formula of the decay of each head and layer, see `tnl.models.tnl.decay`:
             `"released"`, `"paper"`, `"uniform"` or `"none"`.
+        gate: What multiplies the normalised attention output: `"linear"`, a projection u of the input
+            (TNL); `"sigmoid"` of that (MiniMax); `"low_rank_sigmoid"`, of a projection through `head_dim`
+            channels; or `"none"`.
+        hidden_act: Activation of queries and keys: `"silu"` (TNL), `"relu"`, `"gelu"`, `"sigmoid"`,
+            `"1+elu"` or `"none"`.
+        value_act: Activation of values, from the same list; TNL has `"none"`.
+        glu_act: Activation in the gated linear unit, from the same list; TNL has `"none"`.
+        norm_type: All norms: `"srms"`, without a weight (TNL); `"rms"`, the same with one; `"layer"`.
         scale_embeddings: Whether token embeddings are multiplied by `sqrt(hidden_size)`.
         dropout: Probability of dropping an element of the embeddings and of what each block adds
             to the residual stream, in training.
@@ -102,6 +113,11 @@ class TnlConfig(PreTrainedConfig):
     head_dim: int | None = None
     lrpe_layers: str | list[int] = "first"
     decay_schedule: str = "released"
+    gate: str = "linear"
+    hidden_act: str = "silu"
+    value_act: str = "none"
+    glu_act: str = "none"
+    norm_type: str = "srms"
     scale_embeddings: bool = True
     dropout: float = 0.0
     norm_eps: float = 1e-6
@@ -172,7 +188,15 @@ class TnlConfig(PreTrainedConfig):
         self._require("dropout", _is_number(self.dropout) and 0 <= self.dropout < 1, "a number in [0, 1)")
         for name in ("scale_embeddings", "tie_word_embeddings", "use_cache"):
             self._require(name, isinstance(getattr(self, name), bool), "a bool")
-        self._require("decay_schedule", self.decay_schedule in DECAY_SCHEDULES, f"one of {', '.join(DECAY_SCHEDULES)}")
+        for name, choices in (
+            ("decay_schedule", DECAY_SCHEDULES),
+            ("gate", GATES),
+            ("hidden_act", ACTIVATIONS),
+            ("value_act", ACTIVATIONS),
+            ("glu_act", ACTIVATIONS),
+            ("norm_type", NORMS),
+        ):
+            self._require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
         self._check_lrpe_layers()
         self._check_token_ids()
 

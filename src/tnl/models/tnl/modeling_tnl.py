@@ -9,6 +9,7 @@ D width of its keys (E, or 2 E in a layer with LRPE), N documents packed into on
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,25 +34,45 @@ LOGITS_PER_CHUNK = 1 << 26  # 256 MiB of float32 logits at once in the memory-le
 IGNORED_LABEL = -100
 
 
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "sigmoid": torch.sigmoid,
+    "1+elu": lambda x: 1 + F.elu(x),
+    "none": lambda x: x,
+}
+
+
 class TnlNorm(nn.Module):
     """SRMSNorm over the last dim: `x / sqrt(mean(x^2) + eps)`, no weight (arXiv 2307.14995 section 3.1.3).
 
     Computed in float32 whatever the model's dtype, float64 included, as in the released code and in the
-    norms of transformers.
+    norms of transformers. Variants by `norm_type`: with a weight, or LayerNorm.
     """
 
-    def __init__(self, config: TnlConfig) -> None:
+    def __init__(self, config: TnlConfig, width: int) -> None:
         super().__init__()
         self.eps = config.norm_eps
+        self.centred = config.norm_type == "layer"
+        self.weight = nn.Parameter(torch.ones(width)) if config.norm_type != "srms" else None
+        self.bias = nn.Parameter(torch.zeros(width)) if self.centred else None
 
     def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
-        """Normalise `[..., d]` and multiply by the gate; the result has the input's dtype."""
-        if hidden_states.dtype == torch.float64:
-            normed = srms_norm(hidden_states.float(), eps=self.eps).double()
-            return normed if gate is None else gate * normed
-        if gate is None:
-            return srms_norm(hidden_states, eps=self.eps)
-        return gated_srms_norm(hidden_states, gate, eps=self.eps)
+        """Normalise `[..., width]` and multiply by the gate; the result has the input's dtype."""
+        if self.weight is None and gate is not None and hidden_states.dtype != torch.float64:
+            return gated_srms_norm(hidden_states, gate, eps=self.eps)
+        normed = hidden_states.float() if hidden_states.dtype == torch.float64 else hidden_states
+        if self.centred:
+            normed = F.layer_norm(normed.float(), normed.shape[-1:], eps=self.eps)
+        else:
+            normed = srms_norm(normed, eps=self.eps)
+        if self.weight is not None:
+            normed = normed * self.weight
+        if self.bias is not None:
+            normed = normed + self.bias
+        normed = normed.to(hidden_states.dtype)
+        return normed if gate is None else gate * normed
 
 
 class TnlRelativePositions(nn.Module):
@@ -103,16 +124,23 @@ class TnlAttention(nn.Module):
     """Gated linear attention: `W_o (u * SRMSNorm(o))` (arXiv 2307.14995 section 3.1.2).
 
     `q, k, v, u` come from one projection; q and k pass through SiLU; the norm runs over all heads
-    together.
+    together. Variants: `gate`, `hidden_act` and `value_act` of the configuration.
     """
 
     def __init__(self, config: TnlConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
         self.num_heads, _, self.head_dim = config.state_shape(layer_idx)
-        self.norm = TnlNorm(config)
+        self.gate = config.gate
+        self.activation = ACTIVATION_FUNCTIONS[config.hidden_act]
+        self.value_activation = ACTIVATION_FUNCTIONS[config.value_act]
         width = self.num_heads * self.head_dim
-        self.qkvu_proj = nn.Linear(config.hidden_size, 4 * width, bias=False)
+        streams = 4 if config.gate in ("linear", "sigmoid") else 3
+        self.qkvu_proj = nn.Linear(config.hidden_size, streams * width, bias=False)
+        if config.gate == "low_rank_sigmoid":
+            self.gate_down_proj = nn.Linear(config.hidden_size, self.head_dim, bias=False)
+            self.gate_up_proj = nn.Linear(self.head_dim, width, bias=False)
+        self.norm = TnlNorm(config, width)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
         uses_lrpe = config.uses_lrpe(layer_idx)
         self.lrpe = TnlRelativePositions(self.num_heads, self.head_dim) if uses_lrpe else None
@@ -128,9 +156,9 @@ class TnlAttention(nn.Module):
     ) -> Tensor:
         """Attend within each row, or within each packed document; see `TnlDecoderLayer.forward`."""
         batch, length, _ = hidden_states.shape
-        qkvu = self.qkvu_proj(hidden_states).view(batch, length, 4, self.num_heads, self.head_dim)
-        query, key, value, gate = qkvu.unbind(2)
-        query, key = F.silu(query), F.silu(key)
+        qkvu = self.qkvu_proj(hidden_states).view(batch, length, -1, self.num_heads, self.head_dim).unbind(2)
+        query, key = self.activation(qkvu[0]), self.activation(qkvu[1])
+        value = self.value_activation(qkvu[2])
         if self.lrpe is not None:
             query, key = self.lrpe(query, key, position_ids)
         if padding_mask is not None:
@@ -143,7 +171,15 @@ class TnlAttention(nn.Module):
                 query, key, value = (x.flatten(0, 1)[None] for x in (query, key, value))
             output, _ = lightning_attention(query, key, value, log_decay, cu_seqlens=cu_seqlens)
         output = output.reshape(batch, length, -1)
-        return self.o_proj(self.norm(output, gate.flatten(2)))
+        gate = self._gate(hidden_states, qkvu[-1].flatten(2))
+        return self.o_proj(self.norm(output, gate))
+
+    def _gate(self, hidden_states: Tensor, projected: Tensor) -> Tensor | None:
+        if self.gate == "none":
+            return None
+        if self.gate == "low_rank_sigmoid":
+            projected = self.gate_up_proj(self.gate_down_proj(hidden_states))
+        return projected if self.gate == "linear" else projected.sigmoid()
 
     @staticmethod
     def _attend_with_state(
@@ -164,17 +200,18 @@ class TnlAttention(nn.Module):
 
 
 class TnlGatedLinearUnit(nn.Module):
-    """SGLU: `W_3 ((W_1 x) * (W_2 x))`, without activation (arXiv 2307.14995 section 3.1.2)."""
+    """SGLU: `W_3 ((W_1 x) * (W_2 x))`, without activation by default (arXiv 2307.14995 section 3.1.2)."""
 
     def __init__(self, config: TnlConfig) -> None:
         super().__init__()
+        self.activation = ACTIVATION_FUNCTIONS[config.glu_act]
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Mix channels of `[B, T, d]`."""
-        return self.down_proj(self.gate_proj(hidden_states) * self.up_proj(hidden_states))
+        return self.down_proj(self.activation(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
 class TnlDecoderLayer(GradientCheckpointingLayer):
@@ -182,9 +219,9 @@ class TnlDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: TnlConfig, layer_idx: int) -> None:
         super().__init__()
-        self.attention_norm = TnlNorm(config)
+        self.attention_norm = TnlNorm(config, config.hidden_size)
         self.attention = TnlAttention(config, layer_idx)
-        self.mlp_norm = TnlNorm(config)
+        self.mlp_norm = TnlNorm(config, config.hidden_size)
         self.mlp = TnlGatedLinearUnit(config)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -239,6 +276,10 @@ class TnlPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, TnlRelativePositions):
             module.reset_parameters()
+        if isinstance(module, TnlNorm) and module.weight is not None:
+            initialization.ones_(module.weight)
+            if module.bias is not None:
+                initialization.zeros_(module.bias)
 
 
 class TnlModel(TnlPreTrainedModel):
@@ -249,7 +290,7 @@ class TnlModel(TnlPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(TnlDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
-        self.norm = TnlNorm(config)
+        self.norm = TnlNorm(config, config.hidden_size)
         self.embedding_scale = math.sqrt(config.hidden_size) if config.scale_embeddings else 1.0
         self.gradient_checkpointing = False
         self.post_init()
