@@ -1,0 +1,205 @@
+"""The default method: the lower bound first, then TnALE's moves in the order a surrogate gives them.
+
+First, structures are fitted in ascending order of their lower bound. Where the tensor is of low rank this ends
+within a few fits, with a proof. Otherwise the search descends by TnALE's moves (one rank, or two modes swapped),
+and by pairs of them, which is what leaves a plateau. The surrogate, a ridge regression of log RSE on the tails of
+the spectrum plus the residuals of fitted neighbours, only orders the moves; the bound takes out those that cannot
+win.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tnss.bound import BoundSearch
+from tnss.methods.base import Evaluation, Proposal, View
+from tnss.methods.surrogate import Surrogate
+from tnss.space import Point
+
+
+@dataclass(frozen=True)
+class AutoOptions:
+    """Settings of the default method.
+
+    Args:
+        radius: of a rank's grid in a move.
+        batch: structures fitted together while moving.
+        nodes: boxes the branch and bound may look at before each of its proposals.
+        bound_patience: proposals of the bound in a row that may fail before moves take over.
+        patience: evaluations without improvement after which the search ends.
+        candidates: pairs of moves drawn in each round.
+    """
+
+    radius: int = 1
+    batch: int = 4
+    nodes: int = 150_000
+    bound_patience: int = 4
+    patience: int = 120
+    candidates: int = 200
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+class Auto:
+    """Bound-led proposals, then surrogate-ordered moves.
+
+    Attributes:
+        bounds: the branch and bound, from which the driver reads what is proved; None without a spectrum.
+    """
+
+    def __init__(self, view: View, options: AutoOptions | None = None) -> None:
+        self.view, self.options = view, options or AutoOptions()
+        self.bounds: BoundSearch | None = None
+        if view.spectrum is not None:
+            self.bounds = BoundSearch(view.domain, view.spectrum, view.objective)
+        self.surrogate = Surrogate(view)
+        self.fitted: dict[str, Evaluation] = {}
+        self.best: Evaluation | None = None
+        self.since_best = 0
+        self._steps = self._search()
+
+    def ask(self) -> list[Proposal]:
+        """The next structures; empty when nothing is left that could win, or patience is spent."""
+        return next(self._steps, [])
+
+    def tell(self, evaluations: Sequence[Evaluation]) -> None:
+        """Remember, and lower the cutoff of the bound."""
+        for evaluation in evaluations:
+            self.fitted[evaluation.structure.key] = evaluation
+            self.since_best += 1
+            if self.best is None or evaluation.merit < self.best.merit:
+                self.best, self.since_best = evaluation, 0
+        if self.bounds is not None:
+            self.bounds.cutoff = min(self.bounds.cutoff, self._cutoff())
+
+    def _cutoff(self) -> float:
+        """The best objective reached; infinite while every fit breaks its budget."""
+        if self.best is None:
+            return float("inf")
+        structure, rse = self.best.structure, self.best.rse
+        return float(self.view.objective.value(structure.parameters, rse, self.view.entries))
+
+    def _search(self) -> Generator[list[Proposal], None, None]:
+        if self.view.start is not None:
+            yield [Proposal(self.view.start)]
+        if self.bounds is None:
+            yield [Proposal(self.view.first_point())]
+        else:
+            yield from self._by_bound(self.bounds)
+            if self.bounds.remaining() >= self._cutoff():
+                return
+        while self.since_best < self.options.patience:
+            proposals = self._moves()
+            if not proposals:
+                return
+            yield proposals
+
+    def _by_bound(self, bounds: BoundSearch) -> Generator[list[Proposal], None, None]:
+        """Fit a structure of low bound, found by descent, then those the branch and bound brings out."""
+        yield self._new([self._descend()])
+        failed = 0
+        while failed < self.options.bound_patience:
+            point = bounds.next(self.options.nodes)
+            if point is None:
+                return
+            before = self.best
+            if proposals := self._new([point]):
+                yield proposals
+                failed = failed + 1 if self.best is before else 0
+
+    def _new(self, points: Iterable[Point], parent: Evaluation | None = None) -> list[Proposal]:
+        """Proposals for the points whose structures are not fitted yet, each once."""
+        proposals, seen = [], set()
+        cutoff = self._cutoff()
+        for point in points:
+            structure = self.view.domain.decode(point)
+            if structure.key in self.fitted or structure.key in seen:
+                continue
+            seen.add(structure.key)
+            limit = float(self.view.objective.rse_limit(structure.parameters, cutoff, self.view.entries))
+            target = limit if np.isfinite(limit) and limit >= 0 else None
+            proposals.append(Proposal(point, parent.structure if parent else None, target))
+        return proposals
+
+    def _descend(self) -> Point:
+        """A point whose bound no single move lowers: the best of some descents from random points."""
+        view = self.view
+        assert view.spectrum is not None
+
+        def values(points: Sequence[Point]) -> np.ndarray:
+            structures = [view.domain.decode(point) for point in points]
+            bounds = view.spectrum.bound(structures)  # type: ignore[union-attr]
+            pairs = zip(structures, bounds, strict=True)
+            return np.array([view.merit(structure, float(rse)) for structure, rse in pairs])
+
+        best, best_value = view.first_point(), float("inf")
+        for start in [best, *(view.domain.random(view.generator) for _ in range(5))]:
+            point, value = start, float(values([start])[0])
+            while True:
+                around = list(view.domain.neighbours(point, self.options.radius))
+                found = values(around)
+                if found.min() >= value:
+                    break
+                point, value = around[int(found.argmin())], float(found.min())
+            if value < best_value:
+                best, best_value = point, value
+        return best
+
+    def _moves(self) -> list[Proposal]:
+        """The most promising unfitted structures around the best ones."""
+        view, options = self.view, self.options
+        leaders = sorted(self.fitted.values(), key=lambda evaluation: evaluation.merit)[:3]
+        origin: dict[str, tuple[Point, Evaluation]] = {}
+        for leader in leaders:
+            near = list(view.domain.neighbours(leader.point, options.radius))
+            for point in [*near, *self._pairs(leader.point, options.candidates // len(leaders))]:
+                key = view.domain.decode(point).key
+                if key not in self.fitted:
+                    origin.setdefault(key, (point, leader))
+        candidates = [(view.domain.decode(point), point, leader) for point, leader in origin.values()]
+        candidates = self._that_can_win(candidates)
+        if not candidates:
+            return []
+        self.surrogate.fit(list(self.fitted.values()))
+        mean, spread = self.surrogate.predict([structure for structure, _, _ in candidates])
+        chosen: list[int] = []
+        for slot in range(min(options.batch, len(candidates))):
+            optimism = 1.0 if slot % 2 else 0.25
+            expected = np.exp(mean - optimism * spread)
+            pairs = zip(candidates, expected, strict=True)
+            merits = np.array([view.merit(structure, float(rse)) for (structure, _, _), rse in pairs])
+            merits[chosen] = np.inf
+            chosen.append(int(merits.argmin()))
+        return [proposal for i in chosen for proposal in self._new([candidates[i][1]], candidates[i][2])]
+
+    def _pairs(self, point: Point, count: int) -> list[Point]:
+        """Random points two or three moves away."""
+        domain, generator = self.view.domain, self.view.generator
+        found = []
+        for _ in range(count):
+            other = point
+            for _ in range(2 + int(generator.random() < 0.3)):
+                if domain.permute and generator.random() < 0.4:
+                    around = domain.transpositions(other)[1:]
+                else:
+                    variable = int(generator.integers(len(domain.lower)))
+                    around = domain.grid(other, variable, self.options.radius)
+                other = around[int(generator.integers(len(around)))]
+            found.append(other)
+        return found
+
+    def _that_can_win(self, candidates: list) -> list:
+        """Those whose bound is below the best objective."""
+        if self.view.spectrum is None or not candidates:
+            return candidates
+        structures = [structure for structure, _, _ in candidates]
+        parameters = np.array([structure.parameters for structure in structures])
+        bound = self.view.spectrum.bound(structures)
+        values = self.view.objective.value(parameters, bound, self.view.entries)
+        return [candidate for candidate, value in zip(candidates, values, strict=True) if value < self._cutoff()]
