@@ -59,3 +59,14 @@ def test_states_are_cut_from_the_graph() -> None:
 def test_tokens_cannot_be_taken_back() -> None:
     with pytest.raises(ValueError, match="cannot forget"):
         filled_cache().crop(-1)
+
+
+def test_hybrid_stack_keeps_keys_and_values_of_its_softmax_layers() -> None:
+    config = TnlConfig.from_preset("tiny", num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
+    cache = TnlCache(config)
+    cache.update(torch.randn(3, 2, 5, 64), torch.randn(3, 2, 5, 64), layer_idx=1)
+    cache.layers[0].store(torch.randn(3, 2, 64, 64), 5)
+    assert cache.memory_bytes == 4 * (2 * 3 * 2 * 5 * 64 + 3 * 2 * 64 * 64)
+    assert [cache.get_seq_length(i) for i in range(2)] == [5, 5]
+    cache.reorder_cache(torch.tensor([1, 1, 1]))
+    assert torch.equal(cache.layers[1].keys[0], cache.layers[1].keys[2])

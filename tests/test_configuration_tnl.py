@@ -74,6 +74,9 @@ def test_unknown_override() -> None:
         ("value_act", None),
         ("glu_act", ""),
         ("norm_type", "simplermsnorm"),
+        ("layer_types", ["linear_attention"]),
+        ("layer_types", ["linear_attention"] * 23 + ["sliding_attention"]),
+        ("rope_theta", 0),
         ("lrpe_layers", "last"),
         ("lrpe_layers", [0, 24]),
         ("lrpe_layers", 0),
@@ -95,6 +98,17 @@ def test_head_dim_is_free() -> None:
     config = TnlConfig(hidden_size=64, num_attention_heads=7, head_dim=16)
     assert config.state_shape(0) == (7, 32, 16)
     assert config.state_shape(1) == (7, 16, 16)
+
+
+def test_rotary_positions_need_an_even_head_dim() -> None:
+    with pytest.raises(ValueError, match="head_dim must be even where there is full attention, got 5"):
+        TnlConfig(num_hidden_layers=1, head_dim=5, layer_types=["full_attention"])
+
+
+def test_softmax_layers_carry_no_lrpe() -> None:
+    layer_types = ["full_attention", "linear_attention"]
+    config = TnlConfig(num_hidden_layers=2, layer_types=layer_types, lrpe_layers="all")
+    assert [config.uses_lrpe(i) for i in range(2)] == [False, True]
 
 
 @pytest.mark.parametrize(

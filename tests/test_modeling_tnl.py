@@ -4,6 +4,7 @@ Tier T0.
 """
 
 import gc
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from tnl.models import TnlCache, TnlConfig, TnlForCausalLM, TnlModel
 from tnl.models.tnl.decay import log_decay
 
 VOCABULARY = 61
+HYBRID = ["linear_attention", "full_attention", "linear_attention"]
+STACKS = pytest.mark.parametrize("layer_types", [None, HYBRID], ids=["linear", "hybrid"])
 
 
 def small_config(**overrides: Any) -> TnlConfig:
@@ -113,6 +116,23 @@ class Definition:
             output = output * self.project(low, f"{name}.gate_up_proj").sigmoid()
         return self.project(output, f"{name}.o_proj")
 
+    def softmax_attention(self, x: Tensor, name: str) -> Tensor:
+        heads, _, width = self.config.state_shape(0)
+        q, k, v = self.project(x, f"{name}.qkv_proj").split(heads * width, dim=-1)
+        frequency = self.config.rope_theta ** (-torch.arange(width // 2, dtype=torch.float64) / (width // 2))
+        output = torch.zeros_like(v)
+        for h in range(heads):
+            columns = slice(h * width, (h + 1) * width)
+            angle = torch.arange(len(x), dtype=torch.float64)[:, None] * frequency
+            rotation = torch.polar(torch.ones_like(angle), angle)
+            q_h, k_h = (
+                torch.view_as_real(torch.complex(*y[:, columns].chunk(2, dim=-1)) * rotation).flatten(1) for y in (q, k)
+            )
+            for t in range(len(x)):
+                weights = (k_h[: t + 1] @ q_h[t] / width**0.5).softmax(0)
+                output[t, columns] = weights @ v[: t + 1, columns]
+        return self.project(output, f"{name}.o_proj")
+
     def logits(self, ids: Tensor) -> Tensor:
         layers, heads = self.config.num_hidden_layers, self.config.num_attention_heads
         decays = log_decay(self.config.decay_schedule, layers, heads).double().exp()
@@ -120,7 +140,10 @@ class Definition:
         for i in range(layers):
             name = f"model.layers.{i}"
             normed = self.norm(x, f"{name}.attention_norm")
-            x = x + self.attention(normed, f"{name}.attention", i, decays[i])
+            if self.config.is_linear(i):
+                x = x + self.attention(normed, f"{name}.attention", i, decays[i])
+            else:
+                x = x + self.softmax_attention(normed, f"{name}.attention")
             normed = self.norm(x, f"{name}.mlp_norm")
             gated = ACTIVATIONS[self.config.glu_act](self.project(normed, f"{name}.mlp.gate_proj"))
             x = x + self.project(gated * self.project(normed, f"{name}.mlp.up_proj"), f"{name}.mlp.down_proj")
@@ -138,8 +161,9 @@ class Definition:
         {"value_act": "silu"},
         {"glu_act": "silu"},
         {"head_dim": 5},
+        {"layer_types": HYBRID},
     ],
-    ids=lambda variant: "-".join(f"{key}={value}" for key, value in variant.items()),
+    ids=lambda variant: "-".join(f"{key}={value}" for key, value in variant.items())[:40],
 )
 def test_definition(variant: dict[str, Any]) -> None:
     model = small_model(**variant)
@@ -221,8 +245,9 @@ def test_dropout_in_training_only() -> None:
 
 
 @pytest.mark.parametrize("pieces", [[20], [1] * 20, [2, 3, 1, 1, 13], [19, 1]])
-def test_pieces_equal_the_whole(pieces: list[int]) -> None:
-    model = small_model(lrpe_layers=[0, 2])
+@STACKS
+def test_pieces_equal_the_whole(pieces: list[int], layer_types: list[str] | None) -> None:
+    model = small_model(lrpe_layers=[0, 2], layer_types=layer_types)
     input_ids = random_tokens(2, 20)
     cache = TnlCache(model.config)
     logits = [logits_of(model, piece, past_key_values=cache) for piece in input_ids.split(pieces, dim=1)]
@@ -245,8 +270,9 @@ GENERATION: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("mode", GENERATION)
 @pytest.mark.parametrize("padded", [False, True], ids=["full rows", "left-padded"])
-def test_generation_equals_the_run_without_a_cache(mode: str, padded: bool) -> None:
-    model = small_model()
+@STACKS
+def test_generation_equals_the_run_without_a_cache(mode: str, padded: bool, layer_types: list[str] | None) -> None:
+    model = small_model(layer_types=layer_types)
     prompt = random_tokens(3, 9)
     mask = torch.ones_like(prompt)
     if padded:
@@ -260,14 +286,15 @@ def test_generation_equals_the_run_without_a_cache(mode: str, padded: bool) -> N
         )
     assert torch.equal(*tokens)
     if padded:  # and each row is what it is alone
-        alone = small_model().generate(prompt[1:2, 4:], max_new_tokens=12, do_sample=False)
+        alone = model.generate(prompt[1:2, 4:], max_new_tokens=12, do_sample=False)
         if mode == "greedy":
             assert torch.equal(tokens[0][1:2, 4:], alone)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 50])
-def test_prompt_in_pieces(chunk: int) -> None:
-    model = small_model()
+@STACKS
+def test_prompt_in_pieces(chunk: int, layer_types: list[str] | None) -> None:
+    model = small_model(layer_types=layer_types)
     prompt = random_tokens(2, 11)
     mask = torch.ones_like(prompt)
     mask[1, :4] = 0  # with pieces of one token, one of them is padding alone
@@ -316,8 +343,9 @@ def test_generation_refuses_other_caches() -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding(side: str) -> None:
-    model = small_model()
+@STACKS
+def test_padding(side: str, layer_types: list[str] | None) -> None:
+    model = small_model(layer_types=layer_types)
     documents = [random_tokens(1, n) for n in (12, 5, 1)]
     left = side == "left"
     padding = [((12 - d.shape[1]) if left else 0, 0 if left else 12 - d.shape[1]) for d in documents]
@@ -345,7 +373,8 @@ LENGTHS = [1, 7, 2, 10]
 
 
 @pytest.mark.parametrize("boundaries", ["position_ids", "cu_seq_lens_q"])
-def test_packed_equals_alone(boundaries: str) -> None:
+@STACKS
+def test_packed_equals_alone(boundaries: str, layer_types: list[str] | None) -> None:
     """Logits and gradients, on what the collator of transformers makes."""
     documents = [random_tokens(1, n) for n in LENGTHS]
     collate = DataCollatorWithFlattening(
@@ -353,7 +382,7 @@ def test_packed_equals_alone(boundaries: str) -> None:
     )
     batch = collate([{"input_ids": d[0].tolist()} for d in documents])
     assert boundaries in batch
-    packed, alone = small_model(), small_model()
+    packed, alone = small_model(layer_types=layer_types), small_model(layer_types=layer_types)
     outputs = packed(**batch)
     expected = torch.cat([logits_of(alone, d) for d in documents], dim=1)
     torch.testing.assert_close(outputs.logits, expected, rtol=1e-4, atol=1e-4)
@@ -365,9 +394,10 @@ def test_packed_equals_alone(boundaries: str) -> None:
         torch.testing.assert_close(ours.grad, wanted.grad, rtol=1e-3, atol=1e-5)
 
 
-def test_packed_rows() -> None:
+@STACKS
+def test_packed_rows(layer_types: list[str] | None) -> None:
     """Two rows of one batch, with other boundaries in each."""
-    model = small_model()
+    model = small_model(layer_types=layer_types)
     input_ids = random_tokens(2, 10)
     position_ids = torch.stack([torch.arange(10), torch.cat([torch.arange(4), torch.arange(6)])])
     logits = logits_of(model, input_ids, position_ids=position_ids)
@@ -382,6 +412,12 @@ def test_packed_documents_have_no_cache() -> None:
     assert model(input_ids, cu_seq_lens_q=boundaries).past_key_values is None
     with pytest.raises(ValueError, match="packed documents cannot be combined with use_cache"):
         model(input_ids, cu_seq_lens_q=boundaries, use_cache=True)
+
+
+def test_packed_documents_of_a_hybrid_stack_have_no_mask() -> None:
+    boundaries = torch.tensor([0, 2, 6], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cannot be combined with attention_mask in a hybrid stack"):
+        small_model(layer_types=HYBRID)(random_tokens(1, 6), cu_seq_lens_q=boundaries, attention_mask=torch.ones(1, 6))
 
 
 @pytest.mark.parametrize("mask", [torch.ones(1, 5), torch.ones(1, 1, 6, 6)])
@@ -448,8 +484,9 @@ def test_logits_to_keep() -> None:
     torch.testing.assert_close(outputs.loss, model(input_ids, labels=input_ids).loss)
 
 
-def test_gradient_checkpointing() -> None:
-    plain, checkpointed = small_model().train(), small_model().train()
+@STACKS
+def test_gradient_checkpointing(layer_types: list[str] | None) -> None:
+    plain, checkpointed = (small_model(layer_types=layer_types).train() for _ in range(2))
     checkpointed.gradient_checkpointing_enable()
     input_ids = random_tokens(2, 9)
     calls: list[int] = []
@@ -498,8 +535,9 @@ def test_decoder_layer_compiles_without_a_graph_break() -> None:
         torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
 
 
-def test_causal_model_compiles_without_a_graph_break() -> None:
-    model = small_model().train()
+@STACKS
+def test_causal_model_compiles_without_a_graph_break(layer_types: list[str] | None) -> None:
+    model = small_model(layer_types=layer_types).train()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     input_ids = random_tokens(2, 8)
     loss = compiled(input_ids, labels=input_ids).loss
@@ -514,6 +552,7 @@ def test_causal_model_compiles_without_a_graph_break() -> None:
 def test_save_and_load(tied: bool, tmp_path: Path) -> None:
     model = small_model(tie_word_embeddings=tied)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert len(pickle.dumps(model)) > 0
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     input_ids = random_tokens(2, 9)

@@ -1,10 +1,12 @@
-"""The cache of a TNL: one recurrent state a layer, of the same size whatever was read or generated."""
+"""The cache of a TNL: one recurrent state a layer, of the same size whatever was read or generated.
+
+Layers of softmax attention in hybrid stacks keep keys and values, which do grow.
+"""
 
 from typing import NoReturn
 
-import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from tnl.models.tnl.configuration_tnl import TnlConfig
 
@@ -83,6 +85,12 @@ class TnlCacheLayer(CacheLayerMixin):
         raise NotImplementedError("TnlCacheLayer keeps a state, no keys and values")
 
 
+class SoftmaxCacheLayer(DynamicLayer):
+    """Keys and values of a layer of softmax attention in a hybrid stack."""
+
+    is_compileable = False
+
+
 class TnlCache(Cache):
     """The recurrent states of all layers, as a Hugging Face `Cache`.
 
@@ -94,10 +102,11 @@ class TnlCache(Cache):
     """
 
     def __init__(self, config: TnlConfig) -> None:
-        super().__init__(layers=[TnlCacheLayer() for _ in range(config.num_hidden_layers)])
+        linear = [config.is_linear(i) for i in range(config.num_hidden_layers)]
+        super().__init__(layers=[TnlCacheLayer() if it_is else SoftmaxCacheLayer() for it_is in linear])
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes held by all states."""
-        states = [layer.state for layer in self.layers if isinstance(layer.state, torch.Tensor)]
-        return sum(state.numel() * state.element_size() for state in states)
+        """Bytes held by all layers."""
+        tensors = [getattr(layer, name, None) for layer in self.layers for name in ("state", "keys", "values")]
+        return sum(x.numel() * x.element_size() for x in tensors if isinstance(x, Tensor))

@@ -10,6 +10,7 @@ LRPE_CHOICES = ("first", "all", "none")
 GATES = ("linear", "sigmoid", "low_rank_sigmoid", "none")
 ACTIVATIONS = ("silu", "relu", "gelu", "sigmoid", "1+elu", "none")
 NORMS = ("srms", "rms", "layer")
+LAYER_TYPES = ("linear_attention", "full_attention")
 
 # Width of a head is 128 in every released size. Sources of the sizes: docs/model.md.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -87,6 +88,10 @@ class TnlConfig(PreTrainedConfig):
         value_act: Activation of values, from the same list; TNL has `"none"`.
         glu_act: Activation in the gated linear unit, from the same list; TNL has `"none"`.
         norm_type: All norms: `"srms"`, without a weight (TNL); `"rms"`, the same with one; `"layer"`.
+        layer_types: `"linear_attention"` or `"full_attention"` for each layer; `None` means linear
+            attention in all. Full attention is softmax attention with rotary positions, as in hybrid
+            models; its cache grows with the text.
+        rope_theta: Base of the rotary positions.
         scale_embeddings: Whether token embeddings are multiplied by `sqrt(hidden_size)`.
         dropout: Probability of dropping an element of the embeddings and of what each block adds
             to the residual stream, in training.
@@ -118,6 +123,8 @@ class TnlConfig(PreTrainedConfig):
     value_act: str = "none"
     glu_act: str = "none"
     norm_type: str = "srms"
+    layer_types: list[str] | None = None
+    rope_theta: float = 10000.0
     scale_embeddings: bool = True
     dropout: float = 0.0
     norm_eps: float = 1e-6
@@ -153,13 +160,19 @@ class TnlConfig(PreTrainedConfig):
         return cls(**{**PRESETS[name], **overrides})
 
     def uses_lrpe(self, layer_idx: int) -> bool:
-        """Whether the queries and keys of this layer carry LRPE."""
+        """Whether the queries and keys of this layer carry LRPE; only linear attention does."""
+        if not self.is_linear(layer_idx):
+            return False
         if isinstance(self.lrpe_layers, str):
             return self.lrpe_layers == "all" or (self.lrpe_layers == "first" and layer_idx == 0)
         return layer_idx in self.lrpe_layers
 
+    def is_linear(self, layer_idx: int) -> bool:
+        """Whether this layer is linear attention rather than softmax attention."""
+        return self.layer_types is None or self.layer_types[layer_idx] == "linear_attention"
+
     def state_shape(self, layer_idx: int) -> tuple[int, int, int]:
-        """Shape `(H, D, E)` of the recurrent state of one sequence in one layer."""
+        """Shape `(H, D, E)` of the recurrent state of one sequence in a layer of linear attention."""
         assert self.head_dim is not None  # set by __post_init__
         key_width = 2 * self.head_dim if self.uses_lrpe(layer_idx) else self.head_dim
         return (self.num_attention_heads, key_width, self.head_dim)
@@ -183,7 +196,7 @@ class TnlConfig(PreTrainedConfig):
             "an integer > 0, or None where num_attention_heads divides hidden_size "
             f"({self.num_attention_heads} and {self.hidden_size})",
         )
-        for name in ("norm_eps", "initializer_range"):
+        for name in ("norm_eps", "initializer_range", "rope_theta"):
             self._require(name, _is_number(getattr(self, name)) and getattr(self, name) > 0, "a number > 0")
         self._require("dropout", _is_number(self.dropout) and 0 <= self.dropout < 1, "a number in [0, 1)")
         for name in ("scale_embeddings", "tie_word_embeddings", "use_cache"):
@@ -197,8 +210,19 @@ class TnlConfig(PreTrainedConfig):
             ("norm_type", NORMS),
         ):
             self._require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
+        self._check_layer_types()
         self._check_lrpe_layers()
         self._check_token_ids()
+
+    def _check_layer_types(self) -> None:
+        types = self.layer_types
+        if types is None:
+            return
+        valid = isinstance(types, list) and len(types) == self.num_hidden_layers
+        valid = valid and all(kind in LAYER_TYPES for kind in types)
+        self._require("layer_types", valid, f"None or {self.num_hidden_layers} of {', '.join(LAYER_TYPES)}")
+        even = self.head_dim is not None and self.head_dim % 2 == 0
+        self._require("head_dim", even or "full_attention" not in types, "even where there is full attention")
 
     def _check_lrpe_layers(self) -> None:
         if isinstance(self.lrpe_layers, str):

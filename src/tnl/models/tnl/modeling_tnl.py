@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, initialization
 from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
@@ -34,13 +36,18 @@ LOGITS_PER_CHUNK = 1 << 26  # 256 MiB of float32 logits at once in the memory-le
 IGNORED_LABEL = -100
 
 
+def one_plus_elu(x: Tensor) -> Tensor:
+    """`1 + elu(x)`, which is positive."""
+    return 1 + F.elu(x)
+
+
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "relu": F.relu,
     "gelu": F.gelu,
     "sigmoid": torch.sigmoid,
-    "1+elu": lambda x: 1 + F.elu(x),
-    "none": lambda x: x,
+    "1+elu": one_plus_elu,
+    "none": nn.Identity(),
 }
 
 
@@ -199,6 +206,60 @@ class TnlAttention(nn.Module):
         return output
 
 
+class TnlSoftmaxAttention(nn.Module):
+    """Causal softmax attention with rotary positions, for the hybrid stacks of `layer_types`."""
+
+    is_causal = True  # read by the attention functions of transformers, as are the next two
+    num_key_value_groups = 1
+
+    def __init__(self, config: TnlConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads, _, self.head_dim = config.state_shape(layer_idx)
+        width = self.num_heads * self.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * width, bias=False)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+
+    def rotate(self, x: Tensor, position_ids: Tensor) -> Tensor:
+        """Rotary positions (arXiv 2104.09864) on `[B, H, T, E]`: channel i turns with channel i + E / 2."""
+        half = self.head_dim // 2
+        exponent = torch.arange(half, dtype=torch.float64, device=x.device) / half
+        angle = position_ids[:, None, :, None].double() * self.config.rope_theta**-exponent
+        angle = torch.remainder(angle, 2 * math.pi).to(torch.promote_types(x.dtype, torch.float32))
+        cosine, sine = angle.cos(), angle.sin()
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1).to(x.dtype)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_ids: Tensor,
+        causal_mask: Tensor | None = None,
+        past_key_values: TnlCache | None = None,
+    ) -> Tensor:
+        """Attend over `[B, T, d]`; the mask is what `create_causal_mask` of transformers made."""
+        batch, length, _ = hidden_states.shape
+        qkv = self.qkv_proj(hidden_states).view(batch, length, 3, self.num_heads, self.head_dim)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        query, key = self.rotate(query, position_ids), self.rotate(key, position_ids)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        implementation = self.config._attn_implementation
+        attend = ALL_ATTENTION_FUNCTIONS["sdpa" if implementation in (None, "eager") else implementation]
+        output, _ = attend(
+            self,
+            query,
+            key,
+            value,
+            causal_mask,
+            scaling=self.head_dim**-0.5,
+            dropout=0.0,
+            position_ids=position_ids,
+        )
+        return self.o_proj(output.reshape(batch, length, -1))
+
+
 class TnlGatedLinearUnit(nn.Module):
     """SGLU: `W_3 ((W_1 x) * (W_2 x))`, without activation by default (arXiv 2307.14995 section 3.1.2)."""
 
@@ -220,7 +281,11 @@ class TnlDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: TnlConfig, layer_idx: int) -> None:
         super().__init__()
         self.attention_norm = TnlNorm(config, config.hidden_size)
-        self.attention = TnlAttention(config, layer_idx)
+        self.attention: TnlAttention | TnlSoftmaxAttention
+        if config.is_linear(layer_idx):
+            self.attention = TnlAttention(config, layer_idx)
+        else:
+            self.attention = TnlSoftmaxAttention(config, layer_idx)
         self.mlp_norm = TnlNorm(config, config.hidden_size)
         self.mlp = TnlGatedLinearUnit(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -233,6 +298,7 @@ class TnlDecoderLayer(GradientCheckpointingLayer):
         padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         past_key_values: TnlCache | None = None,
+        causal_mask: Tensor | None = None,
     ) -> Tensor:
         """Transform the residual stream.
 
@@ -243,18 +309,16 @@ class TnlDecoderLayer(GradientCheckpointingLayer):
             padding_mask: `[B, T]`, 0 at padding.
             cu_seqlens: `[N + 1]` boundaries of documents in the rows laid end to end.
             past_key_values: Cache whose state is read and advanced.
+            causal_mask: What softmax attention may see, `[B, 1, T, past + T]`; `None` for all before.
 
         Returns:
             `[B, T, d]`.
         """
-        attended = self.attention(
-            self.attention_norm(hidden_states),
-            log_decay,
-            position_ids,
-            padding_mask,
-            cu_seqlens,
-            past_key_values,
-        )
+        normed = self.attention_norm(hidden_states)
+        if isinstance(self.attention, TnlSoftmaxAttention):
+            attended = self.attention(normed, position_ids, causal_mask, past_key_values)
+        else:
+            attended = self.attention(normed, log_decay, position_ids, padding_mask, cu_seqlens, past_key_values)
         hidden_states = hidden_states + self.dropout(attended)
         return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
 
@@ -268,6 +332,8 @@ class TnlPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["TnlDecoderLayer"]  # noqa: RUF012 (class attributes of transformers)
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True  # in layers of softmax attention, as the next
+    _supports_flash_attn = True
     _is_stateful = True  # a state cannot be rolled back, which assisted generation would need
     _can_record_outputs = {"hidden_states": TnlDecoderLayer}  # noqa: RUF012
 
@@ -327,7 +393,7 @@ class TnlModel(TnlPreTrainedModel):
 
         Raises:
             ValueError: Both or none of `input_ids` and `inputs_embeds`; a cache of another kind; packed
-                documents together with a cache.
+                documents together with a cache, or in a hybrid stack with a mask.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds is needed")
@@ -349,6 +415,19 @@ class TnlModel(TnlPreTrainedModel):
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(past, past + length, device=inputs_embeds.device)[None]
 
+        causal_mask = None
+        if self.config.layer_types is not None and "full_attention" in self.config.layer_types:
+            if cu_seqlens is not None and attention_mask is not None:
+                raise ValueError("cu_seq_lens_q cannot be combined with attention_mask in a hybrid stack")
+            if cu_seqlens is not None:
+                position_ids = count_within_documents(cu_seqlens, batch, length)
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
         hidden_states = self.dropout(inputs_embeds)
         decays = self.log_decay(inputs_embeds.device)
         padding_mask = find_padding(attention_mask, length)
@@ -360,6 +439,7 @@ class TnlModel(TnlPreTrainedModel):
                 padding_mask=padding_mask,
                 cu_seqlens=cu_seqlens,
                 past_key_values=past_key_values,
+                causal_mask=causal_mask,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
@@ -390,6 +470,13 @@ def find_documents(position_ids: Tensor | None, batch: int) -> Tensor | None:
     if first_tokens.numel() == batch:
         return None
     return F.pad(first_tokens, (0, 1), value=starts.numel())
+
+
+def count_within_documents(cu_seqlens: Tensor, batch: int, length: int) -> Tensor:
+    """Positions `[B, T]` that begin at 0 in each of the documents between the boundaries `[N + 1]`."""
+    tokens = torch.arange(batch * length, device=cu_seqlens.device)
+    document = torch.bucketize(tokens, cu_seqlens[1:].long(), right=True)
+    return (tokens - cu_seqlens.long()[document]).view(batch, length)
 
 
 def find_padding(attention_mask: Tensor | None, length: int) -> Tensor | None:
