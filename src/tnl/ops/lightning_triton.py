@@ -45,20 +45,22 @@ def choose_tiles(rows: int, columns: int, dtype: torch.dtype) -> Tiles:
     return Tiles(64, width, 8 if padded > 128 else 4, 2 if padded > 128 else 4)
 
 
-BLOCK = 64  # segments are multiples of this, whatever the tile
+MIN_SEGMENT = 256
+# Tokens of the last segment of a sequence to those of another: it need not sum up its state before it walks.
+LAST_SEGMENT = 1.4
 
 
-def segment_length(tokens: int, chains: int, sequences: int, processors: int) -> int:
-    """Tokens L in a segment, or ``tokens`` where the walks of whole sequences fill the chip.
+def cut_sequence(tokens: int, walks: int, processors: int) -> tuple[int, int]:
+    """Segments that a sequence is cut into, and tokens in each of them but the last along the walk.
 
-    ``chains`` is the number of walks without a cut (programs of one launch), ``processors`` the number of
-    multiprocessors, on which two programs run at a time.
+    ``walks`` is the number of programs of a launch without a cut. One program a multiprocessor is what saturates the
+    memory, so there are as many segments as make one program for each; a walk of a whole sequence where that is one.
     """
-    if chains >= 2 * processors or tokens <= 4 * BLOCK:
-        return tokens
-    wanted = triton.cdiv(4 * processors, max(1, chains // sequences))
-    length = triton.cdiv(triton.cdiv(tokens, wanted), BLOCK) * BLOCK
-    return min(tokens, max(4 * BLOCK, min(length, 8 * BLOCK)))
+    segments = max(1, min(processors // walks, tokens // MIN_SEGMENT))
+    if segments == 1:
+        return 1, tokens
+    length = triton.cdiv(int(tokens / (segments - 1 + LAST_SEGMENT)), 64) * 64
+    return segments, length
 
 
 @functools.lru_cache
@@ -70,33 +72,52 @@ def _processors(device: torch.device) -> int:
 
 
 @triton.jit
-def _decays(LOG_DECAY, rate, rows, count, stride, DECAY: tl.constexpr):
-    """Running sum of the log decays of a block's tokens, held constant behind its last token."""
-    if DECAY == 1:
-        return rate * tl.minimum(rows + 1, count).to(tl.float32)
-    return tl.cumsum(tl.load(LOG_DECAY + rows * stride, rows < count, 0.0), 0)
+def _weights(LOG_DECAY, rate, at, rows, left, stride, scale, DECAY: tl.constexpr, REVERSE: tl.constexpr):
+    """Weights of a block's tokens in reading the state and in being written to it, the state's decay, running sums.
+
+    With ``total`` the running sum of the log decays up to and with a token, a token reads the state that enters with
+    ``exp(total)`` and is written to the state that leaves with ``exp(last - total)``; backwards it is the other way
+    round. The scale belongs to the query: to what reads, or backwards to what is written. The block begins at token
+    ``at``; ``left`` tokens are left from there on, which may be fewer than the block has.
+    """
+    if DECAY == 2:
+        total = tl.cumsum(tl.load(LOG_DECAY + (at.to(tl.int64) + rows) * stride, rows < left, 0.0), 0)
+        last = tl.min(total, 0)
+        before, after = tl.exp(total) * scale, tl.exp(last - total)
+    else:
+        total = rows  # not used
+        count = tl.minimum(left, rows.shape[0])
+        last = rate * count
+        before = tl.exp(rate * (rows + 1)) * scale
+        after = tl.exp(rate * tl.maximum(count - 1 - rows, 0))
+    if REVERSE:
+        return after, before, tl.exp(last), total
+    return before, after, tl.exp(last), total
 
 
 @triton.jit
-def _tile(BASE, rows, columns, count, stride, width, PADDED: tl.constexpr):
-    """Rows of a token tensor, zero behind the last token (and behind the last column where the width is padded)."""
-    at = BASE + rows[:, None] * stride + columns[None, :]
-    if PADDED:
-        return tl.load(at, (rows < count)[:, None] & (columns < width)[None, :], 0.0)
-    return tl.load(at, (rows < count)[:, None], 0.0)
+def _mask(total, scale, rows, REVERSE: tl.constexpr):
+    """``scale * exp(total_i - total_j)`` where token i of a block sees token j, else 0 (i and j swapped backwards)."""
+    gap = total[None, :] - total[:, None] if REVERSE else total[:, None] - total[None, :]
+    seen = rows[:, None] <= rows[None, :] if REVERSE else rows[:, None] >= rows[None, :]
+    return scale * tl.exp(tl.where(seen, gap, float("-inf")))
 
 
 @triton.jit
-def _update(state, y, z, total, count, scale, DECAY: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr):
+def _tokens(BASE, begin, end, stride, width, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Descriptor of the tokens ``begin..end`` of one head; what a tile reads beyond them or the width is zero."""
+    return tl.make_tensor_descriptor(
+        BASE + begin.to(tl.int64) * stride,
+        [tl.maximum(end - begin, 1), width],
+        [stride.to(tl.int64), 1],
+        [BLOCK_T, BLOCK_W],
+    )
+
+
+@triton.jit
+def _update(state, y, z, write, whole, PRECISION: tl.constexpr):
     """The state behind a block: decayed, plus the weighted sum of ``y_t z_t^T`` over the block's tokens."""
-    if DECAY == 0:
-        if REVERSE:
-            z = (z.to(tl.float32) * scale).to(z.dtype)
-        return tl.dot(tl.trans(y), z, state, input_precision=PRECISION)
-    whole = tl.min(total, 0)
-    weight = scale * tl.exp(total) if REVERSE else tl.exp(whole - total)
-    weighted = (z * weight[:, None]).to(z.dtype)
-    return tl.dot(tl.trans(y), weighted, state * tl.exp(whole), input_precision=PRECISION)
+    return tl.dot(tl.trans(y), (z * write[:, None]).to(z.dtype), state * whole, input_precision=PRECISION)
 
 
 @triton.jit
@@ -117,7 +138,7 @@ def _walk(
     begin, end, index, is_last, K, C, column_block,
     REVERSE: tl.constexpr, DECAY: tl.constexpr, HAS_INITIAL: tl.constexpr, STORE_FINAL: tl.constexpr,
     SPLIT: tl.constexpr, NEED_DIFFERENCE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr, PADDED_K: tl.constexpr, PADDED_C: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One walk over the tokens ``begin..end`` of one head, for ``BLOCK_C`` columns of the state.
 
@@ -125,7 +146,8 @@ def _walk(
     """
     rows = tl.arange(0, BLOCK_T)
     inner = tl.arange(0, BLOCK_K)
-    columns = column_block * BLOCK_C + tl.arange(0, BLOCK_C)
+    column = column_block * BLOCK_C
+    columns = column + tl.arange(0, BLOCK_C)
     state_at = inner.to(tl.int64)[:, None] * state_row + columns[None, :] * state_column
     state_mask = (inner < K)[:, None] & (columns < C)[None, :]
 
@@ -134,83 +156,69 @@ def _walk(
         if index == 0:
             state = tl.load(INITIAL + state_at, state_mask, 0.0)
 
-    blocks = tl.cdiv(end - begin, BLOCK_T)
-    first = begin + (blocks - 1) * BLOCK_T if REVERSE else begin
+    x_tokens = _tokens(X, begin, end, x_stride, K, BLOCK_T, BLOCK_K)
+    y_tokens = _tokens(Y, begin, end, y_stride, K, BLOCK_T, BLOCK_K)
+    z_tokens = _tokens(Z, begin, end, z_stride, C, BLOCK_T, BLOCK_C)
+    out_tokens = _tokens(OUT, begin, end, out_stride, C, BLOCK_T, BLOCK_C)
+    length = end - begin
+    blocks = tl.cdiv(length, BLOCK_T)
+    first = (blocks - 1) * BLOCK_T if REVERSE else 0
     step = -BLOCK_T if REVERSE else BLOCK_T
+    LOG_DECAY += begin.to(tl.int64) * decay_stride
 
     if SPLIT:
+        # The state of this segment alone, then the hand-over in the slot: wait, read, pass on.
+        own = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
+        decayed = 1.0
+        if not is_last:
+            for block in range(blocks):
+                at = first + block * step
+                y = y_tokens.load([at, 0])
+                z = z_tokens.load([at, column])
+                _, write, whole, _ = _weights(
+                    LOG_DECAY, rate, at, rows, length - at, decay_stride, scale, DECAY, REVERSE
+                )
+                own = _update(own, y, z, write, whole, PRECISION)
+                decayed *= whole
         if index > 0:
-            # The state of this segment alone, then the hand-over in the slot: wait, read, pass on.
-            own = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
-            decayed = 0.0
-            if STORE_FINAL or not is_last:
-                for block in range(blocks):
-                    at = first + block * step
-                    offset = at.to(tl.int64)
-                    count = tl.minimum(end - at, BLOCK_T)
-                    y = _tile(Y + offset * y_stride, rows, inner, count, y_stride, K, PADDED_K)
-                    z = _tile(Z + offset * z_stride, rows, columns, count, z_stride, C, PADDED_C)
-                    total = tl.zeros([BLOCK_T], tl.float32)
-                    if DECAY != 0:
-                        total = _decays(LOG_DECAY + offset * decay_stride, rate, rows, count, decay_stride, DECAY)
-                        decayed += tl.min(total, 0)
-                    own = _update(own, y, z, total, count, scale, DECAY, REVERSE, PRECISION)
             while tl.atomic_add(FLAG, 0, sem="acquire") < index:
                 pass
             state = tl.load(FINAL + state_at, state_mask, 0.0, cache_modifier=".cg")
-            if STORE_FINAL or not is_last:
-                tl.debug_barrier()
-                tl.store(FINAL + state_at, state * tl.exp(decayed) + own, state_mask)
-                tl.debug_barrier()
-                tl.atomic_xchg(FLAG, index + 1, sem="release")
+            tl.debug_barrier()
+        if not is_last:
+            tl.store(FINAL + state_at, state * decayed + own, state_mask)
+            tl.debug_barrier()
+            tl.atomic_xchg(FLAG, index + 1, sem="release")
 
-    if DECAY == 1:
-        distance = rows[None, :] - rows[:, None] if REVERSE else rows[:, None] - rows[None, :]
-        fixed_mask = tl.exp(tl.where(distance >= 0, distance * rate, float("-inf")))
+    mask = _mask(rate * rows, scale, rows, REVERSE)
     for block in range(blocks):
         at = first + block * step
-        offset = at.to(tl.int64)
-        count = tl.minimum(end - at, BLOCK_T)
-        x = _tile(X + offset * x_stride, rows, inner, count, x_stride, K, PADDED_K)
-        y = _tile(Y + offset * y_stride, rows, inner, count, y_stride, K, PADDED_K)
-        z = _tile(Z + offset * z_stride, rows, columns, count, z_stride, C, PADDED_C)
+        x = x_tokens.load([at, 0])
+        y = y_tokens.load([at, 0])
+        z = z_tokens.load([at, column])
+        read, write, whole, total = _weights(
+            LOG_DECAY, rate, at, rows, length - at, decay_stride, scale, DECAY, REVERSE
+        )
+        if DECAY == 2:
+            mask = _mask(total, scale, rows, REVERSE)
         scores = tl.dot(x, tl.trans(y), input_precision=PRECISION)
-        total = tl.zeros([BLOCK_T], tl.float32)
-        if DECAY == 0:
-            seen = rows[:, None] <= rows[None, :] if REVERSE else rows[:, None] >= rows[None, :]
-            scores = tl.where(seen, scores, 0.0)
-            read = tl.full([BLOCK_T], 1.0, tl.float32)
-        else:
-            total = _decays(LOG_DECAY + offset * decay_stride, rate, rows, count, decay_stride, DECAY)
-            if DECAY == 1:
-                scores *= fixed_mask
-            else:
-                gap = total[None, :] - total[:, None] if REVERSE else total[:, None] - total[None, :]
-                seen = rows[:, None] <= rows[None, :] if REVERSE else rows[:, None] >= rows[None, :]
-                scores *= tl.exp(tl.where(seen, gap, float("-inf")))
-            read = tl.exp(tl.min(total, 0) - total) if REVERSE else tl.exp(total)
-        # The scale belongs to the query: here the one that reads, in a walk backwards the one that is written.
-        scores *= scale
-        if not REVERSE:
-            read *= scale
         out = _read(x, state, PRECISION) * read[:, None]
-        out = tl.dot(scores.to(z.dtype), z, out, input_precision=PRECISION)
-        state = _update(state, y, z, total, count, scale, DECAY, REVERSE, PRECISION)
-        out_at = OUT + offset * out_stride + rows[:, None] * out_stride + columns[None, :]
-        tl.store(out_at, out.to(OUT.dtype.element_ty), (rows < count)[:, None] & (columns < C)[None, :])
+        out = tl.dot((scores * mask).to(z.dtype), z, out, input_precision=PRECISION)
+        state = _update(state, y, z, write, whole, PRECISION)
+        out_tokens.store([at, column], out.to(OUT.dtype.element_ty))
         if NEED_DIFFERENCE:
-            against = _tile(AGAINST + offset * against_stride, rows, columns, count, against_stride, C, True)
-            tl.store(
-                DIFFERENCE + (offset + rows) * difference_stride, tl.sum(out * against.to(tl.float32), 1), rows < count
+            token = (begin + at).to(tl.int64) + rows
+            against = tl.load(
+                AGAINST + token[:, None] * against_stride + columns[None, :],
+                (at + rows < length)[:, None] & (columns < C)[None, :],
+                0.0,
             )
+            difference = tl.sum(out * against.to(tl.float32), 1)
+            tl.store(DIFFERENCE + token * difference_stride, difference, at + rows < length)
 
-    if SPLIT:
-        if index == 0:
+    if STORE_FINAL:
+        if is_last:
             tl.store(FINAL + state_at, state, state_mask)
-            tl.debug_barrier()
-            tl.atomic_xchg(FLAG, 1, sem="release")
-    elif STORE_FINAL:
-        tl.store(FINAL + state_at, state, state_mask)
 
 
 @triton.jit
@@ -227,9 +235,12 @@ def _locate(
     if not PACKED:
         sequence = item % sequences
         index = item // sequences
-        place = per_sequence - 1 - index if REVERSE else index
-        begin = place * segment
-        return sequence, begin, tl.minimum(begin + segment, T), index, index == per_sequence - 1
+        is_last = index == per_sequence - 1
+        near = index * segment  # from where the walk begins: the end of the sequence, when it runs backwards
+        far = tl.where(is_last, T, near + segment)
+        if REVERSE:
+            return sequence, T - far, T - near, index, is_last
+        return sequence, near, far, index, is_last
     if not SPLIT:
         row_begin = tl.load(CU_SEQLENS + item).to(tl.int32)
         return item, row_begin, tl.load(CU_SEQLENS + item + 1).to(tl.int32), item * 0, item >= 0
@@ -257,10 +268,10 @@ def _locate(
 def _forward_kernel(
     Q, K, V, O, LOG_DECAY, INITIAL, FINAL, CU_SEQLENS, FLAGS,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
-    scale, T, Hq, group, sequences, segment, per_sequence, items, D, E,
+    o_head, scale, T, Hq, group, sequences, segment, per_sequence, items, D, E,
     DECAY: tl.constexpr, HAS_INITIAL: tl.constexpr, STORE_FINAL: tl.constexpr, PACKED: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
-    PADDED_D: tl.constexpr, PADDED_E: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``o = A>(q, k, v)``; programs ordered by segment, then head, then column block."""
     ticket = tl.program_id(0)
@@ -285,16 +296,16 @@ def _forward_kernel(
         Q + batch * q_batch + head.to(tl.int64) * q_head,
         K + batch * k_batch + key_head * k_head,
         V + batch * v_batch + key_head * v_head,
-        O + (batch * T * Hq + head) * E,
+        O + (batch * T * Hq + head) * o_head,
         O, O,
         LOG_DECAY + batch * T * Hq + head,
         INITIAL + chain * D * E,
         FINAL + chain * D * E,
         FLAGS + 1 + chain * blocks + column_block,
-        q_token, k_token, v_token, Hq * E, 0, Hq, 0,
+        q_token, k_token, v_token, Hq * o_head, 0, Hq, 0,
         E, 1, rate, scale, begin, end, index, is_last, D, E, column_block,
         False, DECAY, HAS_INITIAL, STORE_FINAL, SPLIT, False,
-        BLOCK_T, BLOCK_D, BLOCK_C, PADDED_D, PADDED_E, PRECISION,
+        BLOCK_T, BLOCK_D, BLOCK_C, PRECISION,
     )  # fmt: skip
 
 
@@ -302,11 +313,11 @@ def _forward_kernel(
 def _backward_kernel(
     Q, K, V, DO, DQ, DK, DV, DIFFERENCE, LOG_DECAY, INITIAL, DFINAL, DQ_STATE, DK_STATE, DINITIAL, CU_SEQLENS, FLAGS,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, do_batch, do_token, do_head,
-    scale, T, Hq, group, sequences, segment, per_sequence, items, D, E, difference_block,
+    dk_head, dv_head, scale, T, Hq, group, sequences, segment, per_sequence, items, D, E, difference_block,
     DECAY: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_DFINAL: tl.constexpr, STORE_DINITIAL: tl.constexpr,
     NEED_DIFFERENCE: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr, PADDED_D: tl.constexpr,
-    PADDED_E: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``dk``, ``dv`` and ``dq`` of one head side by side: the first two read the same tokens at the same time."""
     ticket = tl.program_id(0)
@@ -344,31 +355,31 @@ def _backward_kernel(
     FLAGS += 1 + chain * blocks + column_block
     if column_block < d_blocks:
         _walk(
-            V, DO, Q, DK + token * D, DIFFERENCE + token + (column_block + d_blocks) * difference_block, K,
+            V, DO, Q, DK + token * dk_head, DIFFERENCE + token + (column_block + d_blocks) * difference_block, K,
             LOG_DECAY, DFINAL + chain * D * E, DK_STATE + chain * D * E, FLAGS,
-            v_token, do_token, q_token, Hq * D, k_token, Hq, Hq,
+            v_token, do_token, q_token, Hq * dk_head, k_token, Hq, Hq,
             1, E, rate, scale, begin, end, index, is_last, E, D, column_block,
             True, DECAY, HAS_DFINAL, False, SPLIT, NEED_DIFFERENCE,
-            BLOCK_T, BLOCK_E, BLOCK_C, PADDED_E, PADDED_D, PRECISION,
+            BLOCK_T, BLOCK_E, BLOCK_C, PRECISION,
         )  # fmt: skip
-    elif backwards:
+    if backwards & (column_block >= d_blocks):
         _walk(
-            K, Q, DO, DV + token * E, DIFFERENCE, K,
+            K, Q, DO, DV + token * dv_head, DIFFERENCE, K,
             LOG_DECAY, DFINAL + chain * D * E, DINITIAL + chain * D * E, FLAGS,
-            k_token, q_token, do_token, Hq * E, k_token, Hq, Hq,
+            k_token, q_token, do_token, Hq * dv_head, k_token, Hq, Hq,
             E, 1, rate, scale, begin, end, index, is_last, D, E, column_block - d_blocks,
             True, DECAY, HAS_DFINAL, STORE_DINITIAL, SPLIT, False,
-            BLOCK_T, BLOCK_D, BLOCK_C, PADDED_D, PADDED_E, PRECISION,
+            BLOCK_T, BLOCK_D, BLOCK_C, PRECISION,
         )  # fmt: skip
-    else:
+    if column_block >= d_blocks + e_blocks:
         _walk(
-            DO, V, K, DQ + token * D,
+            DO, V, K, DQ + token * dk_head,
             DIFFERENCE + token + (column_block - d_blocks - e_blocks) * difference_block, Q,
             LOG_DECAY, INITIAL + chain * D * E, DQ_STATE + chain * D * E, FLAGS,
-            do_token, v_token, k_token, Hq * D, q_token, Hq, Hq,
+            do_token, v_token, k_token, Hq * dk_head, q_token, Hq, Hq,
             1, E, rate, scale, begin, end, index, is_last, E, D, column_block - d_blocks - e_blocks,
             False, DECAY, HAS_INITIAL, False, SPLIT, NEED_DIFFERENCE,
-            BLOCK_T, BLOCK_E, BLOCK_C, PADDED_E, PADDED_D, PRECISION,
+            BLOCK_T, BLOCK_E, BLOCK_C, PRECISION,
         )  # fmt: skip
 
 
@@ -424,13 +435,13 @@ class _Cut:
 def _cut(q: Tensor, cu_seqlens: Tensor | None, walks: int) -> _Cut:
     """``walks``: programs for one head of one sequence that is not cut."""
     batch, tokens, heads, _ = q.shape
+    packed = cu_seqlens is not None
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    segment = segment_length(tokens, batch * heads * walks, batch, _processors(q.device))
-    if segment >= tokens:
-        return _Cut(sequences, tokens, 1, sequences, False, cu_seqlens is not None)
-    per_sequence = triton.cdiv(tokens, segment)
-    items = sequences * per_sequence if cu_seqlens is None else sequences + per_sequence
-    return _Cut(sequences, segment, per_sequence, items, True, cu_seqlens is not None)
+    segments, length = cut_sequence(tokens, batch * heads * walks, _processors(q.device))
+    if segments == 1:
+        return _Cut(sequences, tokens, 1, sequences, False, packed)
+    items = sequences + triton.cdiv(tokens, length) if packed else sequences * segments
+    return _Cut(sequences, length, segments, items, True, packed)
 
 
 def _decay_form(log_decay: Tensor | None) -> tuple[Tensor | None, int]:
@@ -450,6 +461,30 @@ def _padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
+def _or(x: Tensor | None, stand_in: Tensor) -> Tensor:
+    """A pointer that the kernel does not follow needs a type all the same."""
+    return stand_in if x is None else x
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """``x``, or a copy with wider rows where addresses are not the multiples of 16 bytes that descriptors need."""
+    unit = 16 // x.element_size()
+    if x.data_ptr() % 16 == 0 and all(stride % unit == 0 for stride in x.stride()[:-1]):
+        return x
+    return torch.nn.functional.pad(x, (0, -x.shape[-1] % unit))[..., : x.shape[-1]]
+
+
+def _new_tokens(q: Tensor, width: int) -> Tensor:
+    """Output ``[B, T, Hq, width]``, its rows multiples of 16 bytes apart."""
+    unit = 16 // q.element_size()
+    padded = torch.empty(*q.shape[:3], width + -width % unit, dtype=q.dtype, device=q.device)
+    return padded if width % unit == 0 else padded[..., :width]
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -466,7 +501,8 @@ def forward(
     tiles = choose_tiles(D, E, q.dtype)
     blocks = triton.cdiv(E, tiles.columns)
     cut = _cut(q, cu_seqlens, blocks)
-    o = torch.empty(batch, tokens, heads, E, dtype=q.dtype, device=q.device)
+    o = _new_tokens(q, E)
+    q, k, v = _aligned(q), _aligned(k), _aligned(v)
     final_state = flags = None
     if return_final_state or cut.split:
         final_state = torch.empty(cut.sequences, heads, D, E, dtype=torch.float32, device=q.device)
@@ -474,21 +510,17 @@ def forward(
         flags = torch.zeros(1 + cut.sequences * heads * blocks, dtype=torch.int32, device=q.device)
     log_decay, decay = _decay_form(log_decay)
     initial_state = None if initial_state is None else initial_state.contiguous()
+    triton.set_allocator(_scratch)
     _forward_kernel[(cut.items * heads * blocks,)](
         q, k, v, o, _or(log_decay, o), _or(initial_state, o), _or(final_state, o), _or(cu_seqlens, o), _or(flags, o),
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], o.stride(2),
         scale, tokens, heads, heads // k.shape[2], cut.sequences, cut.segment, cut.per_sequence, cut.items, D, E,
         DECAY=decay, HAS_INITIAL=initial_state is not None, STORE_FINAL=return_final_state,
         PACKED=cut.packed, SPLIT=cut.split, BLOCK_T=tiles.tokens, BLOCK_D=_padded(D), BLOCK_C=tiles.columns,
-        PADDED_D=_padded(D) != D, PADDED_E=E % tiles.columns != 0, PRECISION=_precision(q.dtype),
+        PRECISION=_precision(q.dtype),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    return o, final_state
-
-
-def _or(x: Tensor | None, stand_in: Tensor) -> Tensor:
-    """A pointer that the kernel does not follow needs a type all the same."""
-    return stand_in if x is None else x
+    return o.contiguous(), final_state
 
 
 def backward(
@@ -510,8 +542,8 @@ def backward(
     d_blocks, e_blocks = triton.cdiv(D, tiles.columns), triton.cdiv(E, tiles.columns)
     blocks = 2 * d_blocks + e_blocks
     cut = _cut(q, cu_seqlens, blocks)
-    dq, dk = (torch.empty(batch, tokens, heads, D, dtype=q.dtype, device=q.device) for _ in range(2))
-    dv = torch.empty(batch, tokens, heads, E, dtype=q.dtype, device=q.device)
+    dq, dk, dv = _new_tokens(q, D), _new_tokens(q, D), _new_tokens(q, E)
+    q, k, v, do = _aligned(q), _aligned(k), _aligned(v), _aligned(do)
     states: list[Tensor | None] = [None, None, None]
     flags = difference = None
     for i in range(3):
@@ -523,23 +555,24 @@ def backward(
         difference = torch.empty(2, d_blocks, batch, tokens, heads, dtype=torch.float32, device=q.device)
     log_decay, decay = _decay_form(log_decay)
     initial_state, dfinal_state = (x if x is None else x.contiguous() for x in (initial_state, dfinal_state))
+    triton.set_allocator(_scratch)
     _backward_kernel[(cut.items * heads * blocks,)](
         q, k, v, do, dq, dk, dv, _or(difference, dq), _or(log_decay, dq), _or(initial_state, dq),
         _or(dfinal_state, dq), *(_or(state, dq) for state in states), _or(cu_seqlens, dq), _or(flags, dq),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
-        scale, tokens, heads, heads // kv_heads, cut.sequences, cut.segment, cut.per_sequence, cut.items, D, E,
+        dk.stride(2), dv.stride(2), scale, tokens, heads, heads // kv_heads, cut.sequences, cut.segment, cut.per_sequence, cut.items, D, E,
         batch * tokens * heads,
         DECAY=decay, HAS_INITIAL=initial_state is not None, HAS_DFINAL=dfinal_state is not None,
         STORE_DINITIAL=initial_state is not None, NEED_DIFFERENCE=need_decay,
         PACKED=cut.packed, SPLIT=cut.split, BLOCK_T=tiles.tokens,
         BLOCK_D=_padded(D), BLOCK_E=_padded(E), BLOCK_C=tiles.columns,
-        PADDED_D=_padded(D) != D or D % tiles.columns != 0, PADDED_E=_padded(E) != E or E % tiles.columns != 0,
         PRECISION=_precision(q.dtype), num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     if kv_heads != heads:
         dk, dv = (x.unflatten(2, (kv_heads, -1)).sum(3) for x in (dk, dv))
     if difference is not None:
         difference = difference[0].sum(0) - difference[1].sum(0)
+    dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
     return dq, dk, dv, states[2] if initial_state is not None else None, difference
 
 
