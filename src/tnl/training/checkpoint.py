@@ -8,9 +8,11 @@ damaged later, which the sizes show.
 `torch.distributed.checkpoint` keeps its index as a pickle: resume only from folders that you trust.
 """
 
+import contextlib
 import json
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +76,14 @@ class Checkpoints:
                 shutil.rmtree(leftover)
         self.ranks.wait()
         try:
-            alone = self.ranks.mesh is None
-            dcp.save(self._state(model, optimizer), checkpoint_id=unfinished, no_dist=alone)
+            with _alone_is_fine():
+                dcp.save(self._state(model, optimizer), checkpoint_id=unfinished)
             self.ranks.wait()
             if self.ranks.is_first:
                 self._finish(unfinished, path, record)
         except Exception as error:
             shutil.rmtree(unfinished, ignore_errors=True)
-            reason = str(error).strip().splitlines()[-1]
+            reason = (str(error) or repr(error)).strip().splitlines()[-1]
             before = self.newest() or "none"
             raise OSError(f"cannot write checkpoint {path} ({reason}); the newest complete one: {before}") from error
         self.ranks.wait()
@@ -105,7 +107,8 @@ class Checkpoints:
         """Read a checkpoint into model, optimiser and (with as many processes) the random number generators."""
         same_ranks = record["ranks"] == self.ranks.size
         state = self._state(model, optimizer, with_generators=same_ranks)
-        dcp.load(state, checkpoint_id=path, no_dist=self.ranks.mesh is None)
+        with _alone_is_fine():
+            dcp.load(state, checkpoint_id=path)
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         if same_ranks:
             set_generator_states(state["generators"][str(self.ranks.rank)])
@@ -118,6 +121,14 @@ class Checkpoints:
         if with_generators:
             state["generators"] = {str(self.ranks.rank): generator_states()}
         return state
+
+
+@contextlib.contextmanager
+def _alone_is_fine() -> Iterator[None]:
+    """Without the warning that a process without process group gets."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def find_fault(path: Path) -> str | None:

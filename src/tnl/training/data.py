@@ -415,13 +415,14 @@ class PackedRows(torch.utils.data.Dataset[Batch]):
     """Rows of `sequence_length` tokens cut from the documents of a store, one after another.
 
     Row i of epoch e is a function of the store, the seed, i and e: documents are shuffled anew each epoch, laid end
-    to end and cut; only the last row of an epoch is filled up. Every token but the first of a document is predicted
-    once an epoch. Item `e * rows_per_epoch + i` holds `input_ids`, `targets` (the token that follows within the
+    to end and cut, and the rows are shuffled, so that those of a step come from different documents. Only one row of
+    an epoch is filled up. Every token but the first of a document is predicted once an epoch. Item
+    `e * rows_per_epoch + i` holds `input_ids`, `targets` (the token that follows within the
     document, or IGNORED) and `position_ids`, each [T] int64.
     """
 
     def __init__(self, store: TokenStore, sequence_length: int, seed: int | None) -> None:
-        """`seed` None keeps the documents in their order."""
+        """`seed` None keeps documents and rows in their order."""
         self.store, self.sequence_length, self.seed = store, sequence_length, seed
         self.rows_per_epoch = -(-int(store.lengths.sum()) // sequence_length)
         self._epoch = functools.lru_cache(maxsize=2)(self._lay_out_epoch)
@@ -435,20 +436,21 @@ class PackedRows(torch.utils.data.Dataset[Batch]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(TokenStore(state["store"]), state["sequence_length"], state["seed"])  # type: ignore[misc]
 
-    def _lay_out_epoch(self, epoch: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Order of the documents, and where each begins in the epoch's stream of tokens ([N], [N + 1])."""
-        order = np.arange(len(self.store))
+    def _lay_out_epoch(self, epoch: int) -> tuple[npt.NDArray[np.int64], ...]:
+        """Order of the documents [N], where each begins in the stream of tokens [N + 1], order of the rows."""
+        order, rows = np.arange(len(self.store)), np.arange(self.rows_per_epoch)
         if self.seed is not None:
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.store))
-        return order, np.concatenate([[0], np.cumsum(self.store.lengths[order])])
+            generator = np.random.default_rng([self.seed, epoch])
+            order, rows = generator.permutation(order), generator.permutation(rows)
+        return order, np.concatenate([[0], np.cumsum(self.store.lengths[order])]), rows
 
     def __getitem__(self, item: int) -> Batch:
-        epoch, row = divmod(item, self.rows_per_epoch)
-        order, starts = self._epoch(epoch)
+        epoch, place_in_epoch = divmod(item, self.rows_per_epoch)
+        order, starts, rows = self._epoch(epoch)
         input_ids = np.zeros(self.sequence_length, dtype=np.int64)
         targets = np.full(self.sequence_length, IGNORED, dtype=np.int64)
         position_ids = np.arange(self.sequence_length)
-        first = row * self.sequence_length
+        first = int(rows[place_in_epoch]) * self.sequence_length
         place = int(np.searchsorted(starts, first, side="right")) - 1
         filled = 0
         while filled < self.sequence_length and place < len(order):

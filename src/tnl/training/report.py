@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -71,6 +72,9 @@ class Report:
         """Record the metrics of a step (`step` and any of FIELDS)."""
         if not self.active:
             return
+        row = {
+            n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in row.items()
+        }  # as JSON has it
         self.rows.append(row)
         self._write(row)
         for flush in self._flush:
