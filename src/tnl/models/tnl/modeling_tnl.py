@@ -209,7 +209,7 @@ class TnlAttention(nn.Module):
 class TnlSoftmaxAttention(nn.Module):
     """Causal softmax attention with rotary positions, for the hybrid stacks of `layer_types`."""
 
-    is_causal = True  # read by the attention functions of transformers, as are the next two
+    is_causal = True  # read by the attention functions of transformers, as is the next
     num_key_value_groups = 1
 
     def __init__(self, config: TnlConfig, layer_idx: int) -> None:
@@ -332,8 +332,9 @@ class TnlPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["TnlDecoderLayer"]  # noqa: RUF012 (class attributes of transformers)
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _supports_sdpa = True  # in layers of softmax attention, as the next
-    _supports_flash_attn = True
+    _supports_sdpa = True  # in layers of softmax attention
+    # In 16 bits theta would turn the angle at a distance of 500 tokens by up to a radian.
+    _keep_in_fp32_modules_strict = ["lrpe.theta"]  # noqa: RUF012
     _is_stateful = True  # a state cannot be rolled back, which assisted generation would need
     _can_record_outputs = {"hidden_states": TnlDecoderLayer}  # noqa: RUF012
 
@@ -566,7 +567,7 @@ class TnlForCausalLM(TnlPreTrainedModel, GenerationMixin):
             logits = self.lm_head(hidden_states[:, kept])
         if shift_labels is not None:
             shift_labels = shift_labels.to(hidden_states.device)
-            if logits is not None and logits.shape[1] == shift_labels.shape[1]:
+            if logits is not None and isinstance(logits_to_keep, int) and logits_to_keep == 0:
                 loss = self._summed_loss(logits.flatten(0, 1), shift_labels.flatten())
             else:
                 loss = self._chunked_loss(hidden_states.flatten(0, 1), shift_labels.flatten())
