@@ -1,6 +1,6 @@
 """The model: its definition, cache, generation, packing, padding, loss, saving, and the libraries it meets.
 
-Tier T0.
+Tier T0, and T3 at the end.
 """
 
 import gc
@@ -655,3 +655,61 @@ def test_supervised_fine_tuning_with_trl(tmp_path: Path) -> None:
     )
     trainer.train()
     assert losses_of(trainer)[-1] < 0.5 * losses_of(trainer)[0]
+
+
+# On a GPU
+
+
+def gpu_model(**overrides: Any) -> TnlForCausalLM:
+    torch.manual_seed(1)
+    fields = {"hidden_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2, "initializer_range": 0.05}
+    return TnlForCausalLM(TnlConfig.from_preset("tiny", **{**fields, **overrides}))
+
+
+@pytest.mark.gpu
+@STACKS
+def test_logits_and_generation_on_a_gpu(layer_types: list[str] | None) -> None:
+    model = gpu_model(layer_types=layer_types[:2] if layer_types else None).eval()
+    input_ids = random_tokens(3, 97)
+    mask = torch.ones_like(input_ids)
+    mask[1, :33] = 0
+    expected = logits_of(model, input_ids, attention_mask=mask)
+    model, input_ids, mask = model.cuda(), input_ids.cuda(), mask.cuda()
+    logits = logits_of(model, input_ids, attention_mask=mask).cpu()
+    real = mask.bool().cpu()
+    torch.testing.assert_close(logits[real], expected[real], rtol=1e-3, atol=1e-3)
+    arguments = {"attention_mask": mask, "max_new_tokens": 20, "do_sample": False}
+    tokens = [model.generate(input_ids, use_cache=use_cache, **arguments) for use_cache in (True, False)]
+    assert torch.equal(*tokens)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("boundaries", ["position_ids", "cu_seq_lens_q"])
+def test_compiled_layers_train_in_16_bits_on_a_gpu(boundaries: str) -> None:
+    documents = [random_tokens(n).tolist() for n in (1, 300, 77, 646)]
+    collate = DataCollatorWithFlattening(
+        return_position_ids=boundaries == "position_ids", return_flash_attn_kwargs=boundaries == "cu_seq_lens_q"
+    )
+    batch = collate([{"input_ids": document} for document in documents])
+    batch = {name: x.cuda() if isinstance(x, Tensor) else x for name, x in batch.items()}
+    exact, eager, compiled = (gpu_model().cuda().train() for _ in range(3))
+    for layer in compiled.model.layers:
+        layer.compile(fullgraph=True)
+    losses = []
+    for model in (exact, eager, compiled):
+        with torch.autocast("cuda", torch.bfloat16, enabled=model is not exact):
+            losses.append(model(**batch).loss)
+        losses[-1].backward()
+    torch.testing.assert_close(losses[2], losses[0], rtol=1e-3, atol=0)
+    for name, wanted in exact.named_parameters():
+        errors = [(model.get_parameter(name).grad - wanted.grad).norm() for model in (eager, compiled)]
+        assert errors[1] <= 3 * errors[0], name
+
+
+@pytest.mark.gpu
+def test_loss_in_training_never_holds_all_logits() -> None:
+    model = gpu_model(vocab_size=64000, num_hidden_layers=1).cuda().train()
+    input_ids = random_tokens(1, 16384).cuda()
+    torch.cuda.reset_peak_memory_stats()
+    model(input_ids, labels=input_ids).loss.backward()
+    assert torch.cuda.max_memory_allocated() < 16384 * 64000 * 4 / 2
