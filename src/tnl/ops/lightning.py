@@ -7,6 +7,7 @@ Sources: Lightning Attention-2 (arXiv 2401.04658), Various Lengths, Constant Spe
 """
 
 import importlib.util
+import itertools
 import os
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,6 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tnl.ops import lightning_torch
-import itertools
 
 BACKENDS = ("auto", "torch", "triton")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

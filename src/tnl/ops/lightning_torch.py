@@ -13,9 +13,10 @@ the last token to the first (docs/operator.md):
     o = A>(q, k, v)    dq = A>(do, v, k)    dk = A<(v, do, q)    dv = A<(k, q, do)
 """
 
+import itertools
+
 import torch
 from torch import Tensor
-import itertools
 
 CHUNK = 128
 
@@ -86,18 +87,19 @@ def _chunk_weights(log_decay: Tensor, reverse: bool) -> tuple[Tensor, Tensor, Te
     """Decay factors inside a chunk, from its log decays ``[.., C]``.
 
     Returns the mask ``[.., C, C]``, the weight with which a token reads the state that enters the chunk and with
-    which it is written to the state that leaves it (both ``[.., C, 1]``), and the decay of the state over the
-    chunk ``[.., 1, 1]``. Running backwards in time transposes the mask and exchanges reading and writing.
+    which it is written to the state that leaves it (both ``[.., C, 1]``), and the loss of the state over the chunk,
+    ``decay - 1``, ``[.., 1, 1]``: a decay next to 1 would be rounded, the same way in each chunk, and over many chunks
+    that adds up. Running backwards in time transposes the mask and exchanges reading and writing.
     """
     total = log_decay.cumsum(-1)
     exponent = total[..., :, None] - total[..., None, :]
     upper = torch.ones(exponent.shape[-2:], dtype=torch.bool, device=exponent.device).triu(1)
     mask = exponent.masked_fill_(upper, -torch.inf).exp_()
     from_start, to_end = total.exp(), (total[..., -1:] - total).exp()
-    whole = total[..., -1:, None].exp()
+    loss = total[..., -1:, None].expm1()
     if reverse:
-        return mask.mT, to_end[..., None], from_start[..., None], whole
-    return mask, from_start[..., None], to_end[..., None], whole
+        return mask.mT, to_end[..., None], from_start[..., None], loss
+    return mask, from_start[..., None], to_end[..., None], loss
 
 
 def _scan_sequence(
@@ -138,16 +140,17 @@ def _scan_sequence(
                 rate = xc.new_zeros(heads) if log_decay is None else log_decay.to(work)
                 constant[end - begin] = _chunk_weights(rate[:, None].expand(-1, end - begin), reverse)
             weights = constant[end - begin]
-        mask, read, write, whole = weights
+        mask, read, write, loss = weights
 
         scores = (xc @ yc.mT).mul_(mask)
         result = scores @ zc
         if reverse:
             result.mul_(scale).add_((xc @ state).mul_(read))
-            state = torch.addcmul((yc * (write * scale)).mT @ zc, state, whole)
+            update = (yc * (write * scale)).mT @ zc
         else:
             result.add_((xc @ state).mul_(read)).mul_(scale)
-            state = torch.addcmul((yc * write).mT @ zc, state, whole)
+            update = (yc * write).mT @ zc
+        state = state + update.addcmul_(state, loss)
         if output.shape[2] != heads:
             result = result.unflatten(1, (output.shape[2], -1)).sum(2)
         output[:, begin:end] = result.transpose(1, 2)
@@ -243,14 +246,15 @@ def step(
     """One token for each of N rows; ``state`` is updated in place. Shapes as in ``lightning_attention_step``."""
     heads = q.shape[1]
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1).to(state.dtype) for x in (k, v))
-    decay = 1.0 if log_decay is None else log_decay.to(state.dtype).exp()[..., None, None]
+    loss = 0.0 if log_decay is None else log_decay.to(state.dtype).expm1()[..., None, None]
     update = k[..., :, None] * v[..., None, :]
     if indices is None:
-        new = state.mul_(decay).add_(update)
+        new = state.add_(state * loss + update)
     else:
         used = indices >= 0  # a negative index is padding: its output is zero and no state changes
         rows = indices.clamp(min=0).long()
-        new = state[rows] * decay + update
+        new = state[rows]
+        new += new * loss + update
         state.index_copy_(0, rows[used], new[used])
         q = q * used[:, None, None]
     return (scale * (q.to(state.dtype)[..., None, :] @ new).squeeze(-2)).to(q.dtype)

@@ -60,7 +60,7 @@ def cut_sequence(tokens: int, walks: int, processors: int) -> tuple[int, int]:
     if segments == 1:
         return 1, tokens
     length = triton.cdiv(int(tokens / (segments - 1 + LAST_SEGMENT)), 64) * 64
-    return segments, length
+    return min(segments, triton.cdiv(tokens, length)), length
 
 
 @functools.lru_cache
@@ -72,8 +72,15 @@ def _processors(device: torch.device) -> int:
 
 
 @triton.jit
+def _loss(log_decay):
+    """``exp(log_decay) - 1``, exact next to 0: a decay next to 1 would be rounded, alike in each block, and add up."""
+    small = log_decay * (1.0 + log_decay * (0.5 + log_decay * (1.0 / 6.0)))
+    return tl.where(log_decay > -0.01, small, tl.exp(log_decay) - 1.0)
+
+
+@triton.jit
 def _weights(LOG_DECAY, rate, at, rows, left, stride, scale, DECAY: tl.constexpr, REVERSE: tl.constexpr):
-    """Weights of a block's tokens in reading the state and in being written to it, the state's decay, running sums.
+    """Weights of a block's tokens in reading the state and in being written to it, the state's log decay, running sums.
 
     With ``total`` the running sum of the log decays up to and with a token, a token reads the state that enters with
     ``exp(total)`` and is written to the state that leaves with ``exp(last - total)``; backwards it is the other way
@@ -91,8 +98,8 @@ def _weights(LOG_DECAY, rate, at, rows, left, stride, scale, DECAY: tl.constexpr
         before = tl.exp(rate * (rows + 1)) * scale
         after = tl.exp(rate * tl.maximum(count - 1 - rows, 0))
     if REVERSE:
-        return after, before, tl.exp(last), total
-    return before, after, tl.exp(last), total
+        return after, before, last, total
+    return before, after, last, total
 
 
 @triton.jit
@@ -115,9 +122,11 @@ def _tokens(BASE, begin, end, stride, width, BLOCK_T: tl.constexpr, BLOCK_W: tl.
 
 
 @triton.jit
-def _update(state, y, z, write, whole, PRECISION: tl.constexpr):
+def _update(state, y, z, write, log_decay, PRECISION: tl.constexpr):
     """The state behind a block: decayed, plus the weighted sum of ``y_t z_t^T`` over the block's tokens."""
-    return tl.dot(tl.trans(y), (z * write[:, None]).to(z.dtype), state * whole, input_precision=PRECISION)
+    return tl.dot(
+        tl.trans(y), (z * write[:, None]).to(z.dtype), state + state * _loss(log_decay), input_precision=PRECISION
+    )
 
 
 @triton.jit
@@ -169,24 +178,24 @@ def _walk(
     if SPLIT:
         # The state of this segment alone, then the hand-over in the slot: wait, read, pass on.
         own = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
-        decayed = 1.0
+        decayed = 0.0
         if not is_last:
             for block in range(blocks):
                 at = first + block * step
                 y = y_tokens.load([at, 0])
                 z = z_tokens.load([at, column])
-                _, write, whole, _ = _weights(
+                _, write, last, _ = _weights(
                     LOG_DECAY, rate, at, rows, length - at, decay_stride, scale, DECAY, REVERSE
                 )
-                own = _update(own, y, z, write, whole, PRECISION)
-                decayed *= whole
+                own = _update(own, y, z, write, last, PRECISION)
+                decayed += last
         if index > 0:
             while tl.atomic_add(FLAG, 0, sem="acquire") < index:
                 pass
             state = tl.load(FINAL + state_at, state_mask, 0.0, cache_modifier=".cg")
             tl.debug_barrier()
         if not is_last:
-            tl.store(FINAL + state_at, state * decayed + own, state_mask)
+            tl.store(FINAL + state_at, state + (state * _loss(decayed) + own), state_mask)
             tl.debug_barrier()
             tl.atomic_xchg(FLAG, index + 1, sem="release")
 
@@ -196,15 +205,13 @@ def _walk(
         x = x_tokens.load([at, 0])
         y = y_tokens.load([at, 0])
         z = z_tokens.load([at, column])
-        read, write, whole, total = _weights(
-            LOG_DECAY, rate, at, rows, length - at, decay_stride, scale, DECAY, REVERSE
-        )
+        read, write, last, total = _weights(LOG_DECAY, rate, at, rows, length - at, decay_stride, scale, DECAY, REVERSE)
         if DECAY == 2:
             mask = _mask(total, scale, rows, REVERSE)
         scores = tl.dot(x, tl.trans(y), input_precision=PRECISION)
         out = _read(x, state, PRECISION) * read[:, None]
         out = tl.dot((scores * mask).to(z.dtype), z, out, input_precision=PRECISION)
-        state = _update(state, y, z, write, whole, PRECISION)
+        state = _update(state, y, z, write, last, PRECISION)
         out_tokens.store([at, column], out.to(OUT.dtype.element_ty))
         if NEED_DIFFERENCE:
             token = (begin + at).to(tl.int64) + rows
@@ -266,7 +273,7 @@ def _locate(
 
 @triton.jit(do_not_specialize=["T", "Hq", "group", "sequences", "segment", "per_sequence", "items"])
 def _forward_kernel(
-    Q, K, V, O, LOG_DECAY, INITIAL, FINAL, CU_SEQLENS, FLAGS,
+    Q, K, V, OUT, LOG_DECAY, INITIAL, FINAL, CU_SEQLENS, FLAGS,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
     o_head, scale, T, Hq, group, sequences, segment, per_sequence, items, D, E,
     DECAY: tl.constexpr, HAS_INITIAL: tl.constexpr, STORE_FINAL: tl.constexpr, PACKED: tl.constexpr,
@@ -296,8 +303,8 @@ def _forward_kernel(
         Q + batch * q_batch + head.to(tl.int64) * q_head,
         K + batch * k_batch + key_head * k_head,
         V + batch * v_batch + key_head * v_head,
-        O + (batch * T * Hq + head) * o_head,
-        O, O,
+        OUT + (batch * T * Hq + head) * o_head,
+        OUT, OUT,
         LOG_DECAY + batch * T * Hq + head,
         INITIAL + chain * D * E,
         FINAL + chain * D * E,
@@ -385,7 +392,7 @@ def _backward_kernel(
 
 @triton.jit(do_not_specialize=["Hq", "group"])
 def _step_kernel(
-    Q, K, V, O, LOG_DECAY, STATE, INDICES, q_row, q_head, k_row, k_head, v_row, v_head, decay_row,
+    Q, K, V, OUT, LOG_DECAY, STATE, INDICES, q_row, q_head, k_row, k_head, v_row, v_head, decay_row,
     scale, Hq, group, D, E,
     DECAY: tl.constexpr, INDEXED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -396,12 +403,12 @@ def _step_kernel(
     row = (tl.program_id(0) // (blocks * Hq)).to(tl.int64)
     inner = tl.arange(0, BLOCK_D)
     columns = column_block * BLOCK_E + tl.arange(0, BLOCK_E)
-    O += (row * Hq + head) * E + columns
+    OUT += (row * Hq + head) * E + columns
     slot = row
     if INDEXED:
         slot = tl.load(INDICES + row).to(tl.int64)
         if slot < 0:
-            tl.store(O, tl.zeros([BLOCK_E], O.dtype.element_ty), columns < E)
+            tl.store(OUT, tl.zeros([BLOCK_E], OUT.dtype.element_ty), columns < E)
             return
     at = STATE + (slot * Hq + head) * D * E + inner[:, None] * E + columns[None, :]
     mask = (inner < D)[:, None] & (columns < E)[None, :]
@@ -409,12 +416,13 @@ def _step_kernel(
     q = tl.load(Q + row * q_row + head.to(tl.int64) * q_head + inner, inner < D, 0.0).to(tl.float32)
     k = tl.load(K + row * k_row + (head // group).to(tl.int64) * k_head + inner, inner < D, 0.0).to(tl.float32)
     v = tl.load(V + row * v_row + (head // group).to(tl.int64) * v_head + columns, columns < E, 0.0).to(tl.float32)
+    update = k[:, None] * v[None, :]
     if DECAY:
-        state *= tl.exp(tl.load(LOG_DECAY + row * decay_row + head))
-    state += k[:, None] * v[None, :]
+        update += state * _loss(tl.load(LOG_DECAY + row * decay_row + head))
+    state += update
     tl.store(at, state, mask)
     o = scale * tl.sum(state * q[:, None], 0)
-    tl.store(O, o.to(O.dtype.element_ty), columns < E)
+    tl.store(OUT, o.to(OUT.dtype.element_ty), columns < E)
 
 
 # --- Launches ---------------------------------------------------------------------------------------------------
@@ -434,7 +442,7 @@ class _Cut:
 
 def _cut(q: Tensor, cu_seqlens: Tensor | None, walks: int) -> _Cut:
     """``walks``: programs for one head of one sequence that is not cut."""
-    batch, tokens, heads, _ = q.shape
+    batch, tokens, heads = q.shape[:3]
     packed = cu_seqlens is not None
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     segments, length = cut_sequence(tokens, batch * heads * walks, _processors(q.device))
@@ -452,9 +460,8 @@ def _decay_form(log_decay: Tensor | None) -> tuple[Tensor | None, int]:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    if dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest":
-        return "tf32"
-    return "ieee"
+    """Of float32 products: TF32 where PyTorch may use it for its own, else three TF32 products, as exact as float32."""
+    return "tf32x3" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _padded(width: int) -> int:
@@ -496,7 +503,7 @@ def forward(
     return_final_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """``(o, final_state)``; shapes as in :func:`tnl.ops.lightning_attention`."""
-    batch, tokens, heads, D = q.shape
+    tokens, heads, D = q.shape[1:]
     E = v.shape[-1]
     tiles = choose_tiles(D, E, q.dtype)
     blocks = triton.cdiv(E, tiles.columns)
@@ -560,8 +567,8 @@ def backward(
         q, k, v, do, dq, dk, dv, _or(difference, dq), _or(log_decay, dq), _or(initial_state, dq),
         _or(dfinal_state, dq), *(_or(state, dq) for state in states), _or(cu_seqlens, dq), _or(flags, dq),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
-        dk.stride(2), dv.stride(2), scale, tokens, heads, heads // kv_heads, cut.sequences, cut.segment, cut.per_sequence, cut.items, D, E,
-        batch * tokens * heads,
+        dk.stride(2), dv.stride(2), scale, tokens, heads, heads // kv_heads,
+        cut.sequences, cut.segment, cut.per_sequence, cut.items, D, E, batch * tokens * heads,
         DECAY=decay, HAS_INITIAL=initial_state is not None, HAS_DFINAL=dfinal_state is not None,
         STORE_DINITIAL=initial_state is not None, NEED_DIFFERENCE=need_decay,
         PACKED=cut.packed, SPLIT=cut.split, BLOCK_T=tiles.tokens,

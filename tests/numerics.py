@@ -1,0 +1,138 @@
+"""The one tolerance rule of the operator's tests, and the inputs they share.
+
+Against the definition in float64, the error of an implementation is at most twice (gradients: three times) the error
+of the same maths done eagerly in the same dtype, and never asked to be below half a unit of rounding of that dtype.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tnl.ops import lightning_attention, lightning_torch
+
+NAMES = ("o", "final_state", "dq", "dk", "dv", "dlog_decay", "dinitial_state")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes and options of one call; ``decay`` is "none", "head" or "token"."""
+
+    B: int = 2
+    T: int = 65
+    Hq: int = 2
+    H: int = 2
+    D: int = 16
+    E: int = 16
+    decay: str = "head"
+    bounds: tuple[int, ...] | None = None
+    scale: float = 0.7
+
+    def inputs(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Any]:
+        """Random arguments by name, and the gradients ``do`` and ``dfinal_state`` to pull back."""
+        g = torch.Generator().manual_seed(seed)
+        state_dtype = torch.promote_types(dtype, torch.float32)
+        sequences = self.B if self.bounds is None else len(self.bounds) - 1
+
+        def random(*shape: int, to: torch.dtype = dtype) -> Tensor:
+            return torch.randn(*shape, generator=g).to(to).to(device)
+
+        log_decay = None
+        if self.decay != "none":
+            shape = (self.Hq,) if self.decay == "head" else (self.B, self.T, self.Hq)
+            log_decay = (-torch.rand(*shape, generator=g).square() * 0.5).to(state_dtype).to(device)
+        state = (sequences, self.Hq, self.D, self.E)
+        return {
+            "q": random(self.B, self.T, self.Hq, self.D),
+            "k": random(self.B, self.T, self.H, self.D),
+            "v": random(self.B, self.T, self.H, self.E),
+            "log_decay": log_decay,
+            "initial_state": random(*state, to=state_dtype),
+            "cu_seqlens": None if self.bounds is None else torch.tensor(self.bounds, device=device),
+            "do": random(self.B, self.T, self.Hq, self.E),
+            "dfinal_state": random(*state, to=state_dtype),
+        }
+
+
+def eager(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    scale: float,
+    initial_state: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Masked attention with states, every product in the dtype of ``q``, as a reader would write it in a line each."""
+    tokens, heads = q.shape[1:3]
+    k, v = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (k, v))
+    decay = torch.zeros(heads, device=q.device) if log_decay is None else log_decay
+    decay = decay.expand(q.shape[0], tokens, heads)
+    bounds = [0, tokens] if cu_seqlens is None else cu_seqlens.tolist()
+    outputs, finals = [], []
+    for n, (begin, end) in enumerate(pairwise(bounds)):
+        qs, ks, vs = (x[:, begin:end].transpose(1, 2) for x in (q, k, v))
+        state = initial_state if cu_seqlens is None else initial_state[n : n + 1]
+        total = decay[:, begin:end].transpose(1, 2).cumsum(-1)
+        gap = total[..., :, None] - total[..., None, :]
+        causal = torch.ones(end - begin, end - begin, dtype=torch.bool, device=q.device).tril()
+        mask = gap.masked_fill(~causal, -torch.inf).exp().to(q.dtype)
+        before = total.exp()[..., None].to(q.dtype)
+        o = scale * ((qs @ ks.mT * mask) @ vs + before * (qs @ state.to(q.dtype)))
+        outputs.append(o.transpose(1, 2))
+        if end == begin:
+            finals.append(state)
+            continue
+        after = (total[..., -1:] - total).exp()[..., None].to(q.dtype)
+        finals.append(total[..., -1:, None].exp() * state + (ks * after).mT @ vs)
+    return torch.cat(outputs, dim=1), torch.cat(finals).to(initial_state.dtype)
+
+
+def results(case: Case, which: str, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """Outputs and gradients by name; ``which`` is a backend, "eager", or "reference" (float64 recurrence)."""
+    arguments = {name: x for name, x in inputs.items() if name not in ("do", "dfinal_state") and x is not None}
+    if which == "reference":
+        arguments = {name: x.double().cpu() if x.is_floating_point() else x.cpu() for name, x in arguments.items()}
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in arguments.items() if x.is_floating_point()}
+    full = {"log_decay": None, "cu_seqlens": None} | arguments | leaves
+    if which == "reference":
+        o, final_state = lightning_torch.recurrence(**full, scale=case.scale)
+    elif which == "eager":
+        o, final_state = eager(**full, scale=case.scale)
+    else:
+        o, final = lightning_attention(**full, scale=case.scale, return_final_state=True, backend=which)
+        assert final is not None
+        final_state = final
+    gradients = torch.autograd.grad(
+        (o, final_state), list(leaves.values()), (inputs["do"].to(o), inputs["dfinal_state"].to(final_state))
+    )
+    return {"o": o, "final_state": final_state} | {f"d{name}": x for name, x in zip(leaves, gradients, strict=True)}
+
+
+def relative_error(actual: Tensor, reference: Tensor) -> float:
+    """``|actual - reference| / |reference|`` in the Euclidean norm, in float64."""
+    reference = reference.double().cpu()
+    difference = (actual.double().cpu() - reference).norm()
+    return (difference / reference.norm().clamp(min=1e-300)).item()
+
+
+def assert_as_good_as_eager(
+    actual: dict[str, Tensor], eager_result: dict[str, Tensor], reference: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    """The tolerance rule of this module, for every output and gradient."""
+    assert set(actual) == set(reference)
+    for name, value in actual.items():
+        assert value.isfinite().all(), f"{name} has values that are not finite"
+        error = relative_error(value, reference[name])
+        allowed = max(relative_error(eager_result[name], reference[name]), torch.finfo(dtype).eps / 2)
+        factor = 3 if name.startswith("d") else 2
+        assert error <= factor * allowed, f"{name}: error {error:.2e}, eager {allowed:.2e}, factor {factor}"
+
+
+def check(case: Case, backend: str, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> None:
+    """Run a case by a backend and hold it against the rule."""
+    inputs = case.inputs(dtype, device, seed)
+    actual = results(case, backend, inputs)
+    assert_as_good_as_eager(actual, results(case, "eager", inputs), results(case, "reference", inputs), dtype)

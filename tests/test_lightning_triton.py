@@ -1,0 +1,211 @@
+"""The Triton kernels of lightning attention: under the interpreter (tier T1) and on a GPU (tier T3, marked gpu)."""
+
+import os
+
+import pytest
+import torch
+
+from tests.numerics import Case, assert_as_good_as_eager, check, relative_error, results
+from tnl.ops import lightning_attention, lightning_attention_step, lightning_torch, lightning_triton
+
+DECAYS = ["none", "head", "token"]
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="the interpreter stands in only where there is no GPU"
+)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+CASES = [
+    Case(T=1, D=8, E=8),
+    Case(T=63, Hq=4, H=2, D=20, E=36),
+    Case(T=65, D=32, E=16),
+    Case(B=1, T=150, Hq=2, H=1, D=24, E=40, bounds=(0, 1, 1, 64, 128, 150)),
+]
+
+
+@pytest.fixture
+def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cuts every sequence of more than 64 tokens, as a launch of few heads would."""
+    monkeypatch.setattr(lightning_triton, "cut_sequence", lambda tokens, *_: (2, 64) if tokens > 64 else (1, tokens))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels(case: Case, decay: str, dtype: torch.dtype, nan_filled_memory: None) -> None:
+    check(Case(**{**vars(case), "decay": decay}), "triton", dtype)
+
+
+@interpreted
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("case", CASES[2:], ids=str)
+def test_segments(case: Case, decay: str, short_segments: None, nan_filled_memory: None) -> None:
+    check(Case(**{**vars(case), "decay": decay}), "triton", torch.float32)
+
+
+@interpreted
+def test_strides_and_addresses() -> None:
+    """Rows that lie apart, and rows that do not begin at a multiple of 16 bytes."""
+    case = Case(T=20, D=16, E=16)
+    x = case.inputs(torch.float32)
+    wide = {name: torch.randn(2, 20, 2, 37) for name in ("q", "k", "v")}
+    for name, base in wide.items():
+        value = x[name]
+        base[..., 5:21] = value
+    q, k, v = (base[..., 5:21] for base in wide.values())
+    o, _ = lightning_attention(q, k, v, x["log_decay"], backend="triton")
+    expected, _ = lightning_attention(x["q"], x["k"], x["v"], x["log_decay"], backend="triton")
+    torch.testing.assert_close(o, expected)
+
+
+@interpreted
+@pytest.mark.parametrize("decay", DECAYS)
+def test_step(decay: str) -> None:
+    N, Hq, H, D, E = 3, 4, 2, 20, 36
+    q, k, v = (torch.randn(N, h, w) for h, w in ((Hq, D), (H, D), (H, E)))
+    log_decay = {"none": None, "head": -torch.rand(Hq), "token": -torch.rand(N, Hq)}[decay]
+    state = torch.randn(5, Hq, D, E)
+    indices = torch.tensor([4, -1, 2])
+    state_torch = state.clone()
+    o = lightning_attention_step(q, k, v, log_decay, state, scale=0.7, state_indices=indices, backend="triton")
+    expected = lightning_attention_step(
+        q, k, v, log_decay, state_torch, scale=0.7, state_indices=indices, backend="torch"
+    )
+    torch.testing.assert_close(o, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state, state_torch, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+def test_float16_state_beyond_its_range() -> None:
+    """A state larger than float16 can hold is read without overflow."""
+    q, k, v = (torch.ones(1, 80, 1, 16, dtype=torch.float16) for _ in range(3))
+    q = q / 1024
+    initial = torch.full((1, 1, 16, 16), 1e6)
+    o, _ = lightning_attention(q, k, v, None, initial_state=initial, backend="triton")
+    reference, _ = lightning_torch.recurrence(q, k, v, None, initial_state=initial)
+    assert relative_error(o, reference) < 2e-3
+
+
+def test_cut_sequence() -> None:
+    """As many segments as make one program a multiprocessor, none of them short, the last the longest."""
+    assert lightning_triton.cut_sequence(8192, 256, 132) == (1, 8192)
+    assert lightning_triton.cut_sequence(8192, 100, 132) == (1, 8192)
+    assert lightning_triton.cut_sequence(200, 1, 132) == (1, 200)
+    for tokens in (512, 1000, 8192, 131072, 1 << 20):
+        for walks in (1, 7, 16, 32, 66):
+            segments, length = lightning_triton.cut_sequence(tokens, walks, 132)
+            assert segments * walks <= 132
+            assert segments == 1 or (length % 64 == 0 and 0 < length * (segments - 1) < tokens)
+
+
+def test_tiles_fit_the_chip() -> None:
+    """The state of a program fits its registers (at most half of 255 a thread), tiles are powers of two."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for width in (16, 64, 80, 96, 128, 192, 256):
+            for columns in (16, 64, 128, 256):
+                tiles = lightning_triton.choose_tiles(width, columns, dtype)
+                padded = max(16, 1 << (width - 1).bit_length())
+                assert padded * tiles.columns <= 127 * 32 * tiles.warps
+                assert tiles.tokens & (tiles.tokens - 1) == 0
+                assert tiles.columns & (tiles.columns - 1) == 0
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 913])
+def test_gpu_kernels(T: int, decay: str, dtype: torch.dtype, nan_filled_memory: None) -> None:
+    check(Case(T=T, Hq=4, H=4, D=128, E=128, decay=decay), "triton", dtype, "cuda")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(T=8192, Hq=4, H=4, D=128, E=128),
+        Case(B=16, T=300, Hq=8, H=8, D=64, E=64),
+        Case(T=500, Hq=4, H=2, D=96, E=96),
+        Case(T=500, Hq=4, H=1, D=80, E=192),
+        Case(T=500, D=192, E=192, decay="token"),
+        Case(T=500, D=256, E=128),
+        Case(T=500, D=256, E=256),
+        Case(T=300, D=5, E=7),
+        Case(B=1, T=3000, Hq=2, H=1, D=128, E=128, bounds=(0, 1, 1, 64, 700, 2990, 3000)),
+        Case(B=1, T=3000, Hq=2, H=2, D=128, E=64, bounds=(0, 1, 1, 64, 700, 2990, 3000), decay="token"),
+    ],
+    ids=str,
+)
+def test_gpu_shapes(case: Case, dtype: torch.dtype, nan_filled_memory: None) -> None:
+    check_by_chunks(case, dtype) if case.T > 2000 else check(case, "triton", dtype, "cuda")
+
+
+def check_by_chunks(case: Case, dtype: torch.dtype) -> None:
+    """As :func:`check`, with the chunked float64 form as the reference of long sequences (tested against the
+    recurrence in float64 in test_lightning_torch.py).
+    """
+    inputs = case.inputs(dtype, "cuda")
+    wide = {name: x if x is None or not x.is_floating_point() else x.double() for name, x in inputs.items()}
+    assert_as_good_as_eager(
+        results(case, "triton", inputs), results(case, "eager", inputs), results(case, "torch", wide), dtype
+    )
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_gpu_determinism() -> None:
+    """Bitwise equal over two runs, with segments handed over between programs."""
+    case = Case(B=1, T=5000, Hq=3, H=3, D=128, E=128, decay="token")
+    inputs = case.inputs(torch.bfloat16, "cuda")
+    first, second = (results(case, "triton", inputs) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_gpu_offsets_beyond_32_bits() -> None:
+    """B*T*H*D beyond 2^31 elements: the last head of the last row is that of the same row alone."""
+    B, T, H, D = 2, 131072, 72, 128
+    assert B * T * H * D > 2**31
+    q, k, v = (torch.randn(B, T, H, D, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    decay = torch.full((H,), -0.05, device="cuda")
+    o, _ = lightning_attention(q, k, v, decay)
+    tail = slice(T - 2048, T)
+    expected, _ = lightning_torch.forward(
+        *(x[-1:, tail, -1:].double() for x in (q, k, v)), decay[-1:].double(), None, None, 1.0
+    )
+    assert relative_error(o[-1:, -64:, -1:], expected[:, -64:]) < 5e-3
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_gpu_cuda_graph() -> None:
+    q, k, v = (torch.randn(1, 300, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    decay = torch.full((4,), -0.1, device="cuda")
+    expected, _ = lightning_attention(q, k, v, decay)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o, _ = lightning_attention(q, k, v, decay)
+    o.zero_()
+    graph.replay()
+    assert torch.equal(o, expected)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("width", [64, 80, 128, 256])
+def test_gpu_step(width: int, dtype: torch.dtype) -> None:
+    q, k, v = (torch.randn(5, 4, width, device="cuda", dtype=dtype) for _ in range(3))
+    state = torch.randn(7, 4, width, width, device="cuda")
+    other, decay = state.clone(), -torch.rand(4, device="cuda")
+    indices = torch.tensor([6, -1, 0, 3, 2], device="cuda")
+    o = lightning_attention_step(q, k, v, decay, state, state_indices=indices, backend="triton")
+    expected = lightning_attention_step(q, k, v, decay, other, state_indices=indices, backend="torch")
+    torch.testing.assert_close(state, other, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        o, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-4 if dtype == torch.float32 else 1e-1
+    )
