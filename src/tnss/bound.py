@@ -197,10 +197,9 @@ class BoundSearch:
             highest = np.floor(low * (1 + room[:, None] / at_ends) + 1e-9)
             high = np.minimum(high, np.clip(highest, 0, 2**31).astype(np.int64))
             # a box that contradicts itself (low > high) stays so: the caller drops it
-            high = np.where((low > high).any(1)[:, None], 0, high)
-            low = np.minimum(low, 2**31)
-            contradictory: np.ndarray = np.any(low > high, axis=1)
-            if contradictory.all():
+            contradictory = np.asarray(np.any(low > high, axis=1))
+            high = np.where(contradictory[:, None], 0, high)
+            if bool(contradictory.all()):
                 break
         return low, high
 

@@ -1,6 +1,7 @@
 """Alternating least squares for any graph, batched over structures and starts, with racing.
 
-Several starts a structure are run side by side: random ones, one grown from rank 1, and, where the caller has
+Several starts a structure are run side by side: random ones under a ridge that is annealed away (which is what
+finds exact fits on graphs with many loops), one grown from rank 1, and, where the caller has
 the cores of a neighbouring structure, one that starts from those. Starts that cannot catch up with the best of
 their structure, and structures that cannot reach the error they must beat, are dropped on the way. The sweeps
 themselves are in :mod:`tnss.sweeps`, the second-order finish in :mod:`tnss.polish`.
@@ -8,6 +9,7 @@ themselves are in :mod:`tnss.sweeps`, the second-order finish in :mod:`tnss.poli
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -21,8 +23,9 @@ from tnss.sweeps import Plan, Template, balance, plan_for
 from tnss.warm import warm_cores
 
 BATCH_ENTRIES = {"cpu": 16_000_000, "cuda": 400_000_000}  # tensor entries times networks held at once
-STRIDE_GROWTH, STRIDE_LIMIT = 1.1, 2.0
+STRIDE_LEAST, STRIDE_LIMIT, STRIDE_GROWTH = 0.05, 2.0, 1.1
 MOST_LOOKS = 10.0
+ANNEALED_TO = 1e-3  # the ridge of random starts falls from 1 to this, then to nothing
 GROWTH_SWEEPS = 3  # sweeps at each rank while growing
 
 
@@ -95,6 +98,7 @@ class _Start:
 
     request: int
     grown: bool
+    annealed: bool
     cores: list[torch.Tensor]
     rse: float = float("inf")
     sweeps: int = 0
@@ -192,12 +196,14 @@ class Fitter:
             warm = warm_cores(request.parent, request.structure, generator)
         if warm is not None:
             restarts = (restarts + 1) // 2  # the neighbour's cores are worth some cold starts
-            starts.append(_Start(index, False, [core.to(self.tensor) for core in _to_positions(warm, layout, own)]))
+            starts.append(
+                _Start(index, False, False, [core.to(self.tensor) for core in _to_positions(warm, layout, own)])
+            )
         for restart in range(restarts):
             generator = torch.Generator().manual_seed((request.seed * 1_000_003 + restart) % 2**63)
             noise = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in own.shapes]
             grown = restart == 1
-            starts.append(_Start(index, grown, [core.to(self.tensor) for core in noise]))
+            starts.append(_Start(index, grown, not grown, [core.to(self.tensor) for core in noise]))
         return starts
 
     def _run(self, plan: Plan, starts: list[_Start], requests: list[FitRequest], layouts: list[_Layout]) -> None:
@@ -225,6 +231,10 @@ class _Race:
         own_ranks = [layouts[start.request].ranks for start in starts]
         self.ranks = torch.tensor(own_ranks, device=device).reshape(len(starts), -1)
         self.grown = torch.tensor([start.grown for start in starts], device=device)
+        annealed = torch.tensor([start.annealed for start in starts], device=device)
+        # loops make bad minima, so the more edges at a vertex the slower
+        self.cooling = 0.8 if max(map(len, plan.template.incident)) <= 2 else 0.9
+        self.ridge = annealed.to(fitter.tensor.dtype)
         self.growing = max((max(r, default=1) for r, s in zip(own_ranks, starts, strict=True) if s.grown), default=1)
         self.noise = [
             torch.stack([_pad(start.cores[v], shape) for start in starts]) for v, shape in enumerate(plan.shapes)
@@ -253,9 +263,11 @@ class _Race:
         sweep = 0
         while self.active:
             sweep += 1
-            squared = self.plan.sweep(self.data, self.cores, self.weights)
+            squared = self.plan.sweep(self.data, self.cores, self.weights, self.ridge)
             balance(self.cores)
             self._extrapolate(squared)
+            self.ridge = self.ridge * self.cooling
+            self.ridge[self.ridge < ANNEALED_TO] = 0.0
             if self.growing > 1 and sweep % GROWTH_SWEEPS == 0 and sweep // GROWTH_SWEEPS < self.growing:
                 self._grow(sweep // GROWTH_SWEEPS)
             if sweep % self.settings.check_every == 0 or sweep >= self.settings.sweeps:
@@ -266,8 +278,10 @@ class _Race:
 
         The next sweep replaces the first core from the others, so a step too far costs one sweep, never a core.
         """
-        better = squared <= self.last
-        self.stride = torch.where(better, (self.stride * STRIDE_GROWTH).clamp_max(STRIDE_LIMIT), 0.3 * self.stride)
+        better = (squared <= self.last) & (self.ridge == 0)
+        self.stride = torch.where(
+            better, (self.stride * STRIDE_GROWTH).clamp_max(STRIDE_LIMIT), (0.3 * self.stride).clamp_min(STRIDE_LEAST)
+        )
         previous, self.previous, self.last = self.previous, list(self.cores), squared
         step = torch.where(better, self.stride, torch.zeros_like(self.stride))
         for v, core in enumerate(self.cores):
@@ -285,7 +299,8 @@ class _Race:
         for start, rse in zip(self.active, errors, strict=True):
             start.history.append(rse)
             self.best[start.request] = min(self.best[start.request], rse)
-        ready = sweep >= GROWTH_SWEEPS * self.growing + self.settings.check_every
+        cooled = math.log(ANNEALED_TO) / math.log(self.cooling)
+        ready = sweep >= max(cooled, GROWTH_SWEEPS * self.growing) + self.settings.check_every
         for slot, start in enumerate(self.active):
             if self._is_done(start, sweep, ready):
                 start.sweeps = sweep
@@ -297,7 +312,7 @@ class _Race:
         rse, best = start.history[-1], self.best[start.request]
         if best <= self.settings.tolerance or sweep >= self.settings.sweeps:
             return True
-        if (start.grown and not ready) or len(start.history) < 2:
+        if ((start.grown or start.annealed) and not ready) or len(start.history) < 2:
             return False
         gain = start.history[-2] - rse
         if abs(gain) <= self.settings.progress * rse:
@@ -326,7 +341,7 @@ class _Race:
         self.cores = [core[keep] for core in self.cores]
         self.noise = [core[keep] for core in self.noise]
         self.previous = [core[keep] for core in self.previous]
-        self.last, self.stride = self.last[keep], self.stride[keep]
+        self.last, self.stride, self.ridge = self.last[keep], self.stride[keep], self.ridge[keep]
 
 
 def _looks_to_come(history: list[float]) -> float:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import networkx
+import numpy as np
 
 from tnss.structure import Structure
 
@@ -64,6 +66,18 @@ def plot_pareto(result: Result, path: str | os.PathLike[str]) -> None:
     )
     axes.scatter([result.best.parameters], [max(result.best.rse, floor)], color="tab:red", zorder=3, label="best")
     axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel="squared relative error (RSE)")
+    axes.legend()
+    _save(figure, path)
+
+
+def plot_comparison(results: Mapping[str, Result], path: str | os.PathLike[str]) -> None:
+    """Plot the best objective against the evaluations made, a line a method."""
+    figure = _figure()
+    axes = figure.add_subplot()
+    for name, result in results.items():
+        best = np.minimum.accumulate([record.objective for record in result.history])
+        axes.step(np.arange(1, len(best) + 1), best, where="post", label=name)
+    axes.set(xscale="log", xlabel="evaluations", ylabel="best objective")
     axes.legend()
     _save(figure, path)
 

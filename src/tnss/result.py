@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tnss.network import Network
 from tnss.objective import Objective
@@ -117,14 +119,18 @@ class Result:
         folder.mkdir(parents=True, exist_ok=True)
         self.best.save(folder / "cores.safetensors")
         _replace_text(folder / "result.json", json.dumps(self.summary(), indent=2) + "\n")
-        temporary = folder / "history.csv.partial"
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [f.name for f in dataclasses.fields(Record)])
-            writer.writeheader()
-            writer.writerows(dataclasses.asdict(record) for record in self.history)
-        os.replace(temporary, folder / "history.csv")
+        write_csv(folder / "history.csv", [dataclasses.asdict(record) for record in self.history])
         draw_network(self.best.structure, folder / "network.png")
         plot_pareto(self, folder / "pareto.png")
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows with the same keys, atomically."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    _replace_text(path, text.getvalue())
 
 
 def _replace_text(path: Path, text: str) -> None:

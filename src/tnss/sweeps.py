@@ -124,44 +124,59 @@ class Plan:
         tree_steps, tree_flops = _tree_cost(self.tree)
         return 3 * tree_steps * CALL_SECONDS + tree_flops / FLOPS_PER_SECOND < explicit_seconds
 
-    def sweep(self, data: torch.Tensor, cores: list[torch.Tensor], weights: torch.Tensor | None = None) -> torch.Tensor:
+    def sweep(
+        self,
+        data: torch.Tensor,
+        cores: list[torch.Tensor],
+        weights: torch.Tensor | None = None,
+        ridge: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Update every core once, in place in the list; returns the squared error [B] after the last update.
 
         Args:
             data: ``X`` [B, n_0, n_1, ...], zero where the weight is zero.
             cores: one tensor [B, ranks..., n] a position.
             weights: [B, n_0, n_1, ...] or None; the error is then ``sum of weights * (X - network)^2``.
+            ridge: [B], added to the normal equations times their mean diagonal; None for the smallest that
+                rounding needs.
         """
         if weights is not None:
-            return self._sweep_weighted(data, cores, weights)
+            return self._sweep_weighted(data, cores, weights, ridge)
         if self.uses_tree:
-            explained = self._sweep_tree(self.tree, data, None, cores)
+            explained = self._sweep_tree(self.tree, data, None, cores, ridge)
         else:
             for v in self.positions:
                 environment = self.explicit[v]([cores[u] for u in self.positions if u != v])
                 matrix = environment.reshape(len(data), self.rows[v], -1)
                 unfolded = data.movedim(v + 1, -1).reshape(len(data), matrix.shape[2], -1)
-                explained = self._solve(v, torch.bmm(matrix, matrix.mT), torch.bmm(matrix, unfolded), cores)
+                explained = self._solve(v, torch.bmm(matrix, matrix.mT), torch.bmm(matrix, unfolded), cores, ridge)
         return data.flatten(1).square().sum(1) - explained
 
     def _sweep_tree(
-        self, node: _Node, data: torch.Tensor, gram: torch.Tensor | None, cores: list[torch.Tensor]
+        self,
+        node: _Node,
+        data: torch.Tensor,
+        gram: torch.Tensor | None,
+        cores: list[torch.Tensor],
+        ridge: torch.Tensor | None,
     ) -> torch.Tensor:
         if not node.children:
             v = node.positions[0]
             rows = self.rows[v]
             assert gram is not None
-            return self._solve(v, gram.reshape(-1, rows, rows), data.reshape(len(data), rows, -1), cores)
+            return self._solve(v, gram.reshape(-1, rows, rows), data.reshape(len(data), rows, -1), cores, ridge)
         for child, other, to_data, to_gram in zip(
             node.children, reversed(node.children), node.data, node.gram, strict=True
         ):
             removed = [cores[v] for v in other.positions]
             doubled = [core for core in removed for _ in range(2)]
             above = [] if gram is None else [gram]
-            explained = self._sweep_tree(child, to_data([data, *removed]), to_gram([*above, *doubled]), cores)
+            explained = self._sweep_tree(child, to_data([data, *removed]), to_gram([*above, *doubled]), cores, ridge)
         return explained
 
-    def _sweep_weighted(self, data: torch.Tensor, cores: list[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+    def _sweep_weighted(
+        self, data: torch.Tensor, cores: list[torch.Tensor], weights: torch.Tensor, ridge: torch.Tensor | None
+    ) -> torch.Tensor:
         batch = len(data)
         for v in self.positions:
             environment = self.explicit[v]([cores[u] for u in self.positions if u != v])
@@ -171,12 +186,20 @@ class Plan:
             weighted = weight[:, :, None, :] * matrix[:, None]  # [B, n, P, rest]
             gram = torch.matmul(weighted, matrix.mT[:, None])
             right = torch.matmul(weighted, unfolded[..., None])
-            core = _regularised_solve(gram.flatten(0, 1), right.flatten(0, 1))
+            repeated = None if ridge is None else ridge.repeat_interleave(gram.shape[1])
+            core = _regularised_solve(gram.flatten(0, 1), right.flatten(0, 1), repeated)
             cores[v] = core.reshape(batch, -1, self.rows[v]).mT.reshape(cores[v].shape)
         return (weights * (data - self.dense(cores)).square()).flatten(1).sum(1)
 
-    def _solve(self, position: int, gram: torch.Tensor, right: torch.Tensor, cores: list[torch.Tensor]) -> torch.Tensor:
-        core = _regularised_solve(gram, right)
+    def _solve(
+        self,
+        position: int,
+        gram: torch.Tensor,
+        right: torch.Tensor,
+        cores: list[torch.Tensor],
+        ridge: torch.Tensor | None,
+    ) -> torch.Tensor:
+        core = _regularised_solve(gram, right, ridge)
         cores[position] = core.reshape(cores[position].shape)
         # ||X||^2 - ||X - M^T G||^2, true for any G, so that the ridge is accounted for
         return ((2.0 * right - torch.bmm(gram, core)) * core).flatten(1).sum(1)
@@ -198,16 +221,17 @@ def _tree_cost(node: _Node) -> tuple[int, float]:
     return steps, flops
 
 
-def _regularised_solve(gram: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def _regularised_solve(gram: torch.Tensor, right: torch.Tensor, ridge: torch.Tensor | None) -> torch.Tensor:
     """Solve ``(gram + ridge) core = right``; rows that are zero (padding) give exactly zero."""
     diagonal = gram.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(1, keepdim=True).clamp_min(torch.finfo(gram.dtype).tiny)
-    ridge = max(RIDGE, 10 * torch.finfo(gram.dtype).eps)
+    smallest = max(RIDGE, 10 * torch.finfo(gram.dtype).eps)
+    added = smallest if ridge is None else ridge.clamp_min(smallest)[:, None]
     shifted = gram.clone()
-    shifted.diagonal(dim1=1, dim2=2).add_(mean * ((diagonal == 0) + ridge))
+    shifted.diagonal(dim1=1, dim2=2).add_(mean * ((diagonal == 0) + added))
     factor, info = torch.linalg.cholesky_ex(shifted)
     if info.any():  # rounding made it indefinite: a thousand times the ridge always suffices
-        shifted.diagonal(dim1=1, dim2=2).add_((info != 0)[:, None] * 1e3 * ridge * mean)
+        shifted.diagonal(dim1=1, dim2=2).add_((info != 0)[:, None] * 1e3 * smallest * mean)
         factor = torch.linalg.cholesky(shifted)
     return torch.cholesky_solve(right, factor)
 

@@ -17,6 +17,7 @@ import numpy as np
 from tnss.bound import BoundSearch
 from tnss.methods.base import Evaluation, Proposal, View
 from tnss.methods.surrogate import Surrogate
+from tnss.objective import ErrorBudget, Lagrangian, Objective
 from tnss.space import Point
 
 
@@ -59,6 +60,11 @@ class Auto:
         if view.spectrum is not None:
             self.bounds = BoundSearch(view.domain, view.spectrum, view.objective)
         self.surrogate = Surrogate(view)
+        self.guides: list[Objective] = [view.objective]
+        if isinstance(view.objective, ErrorBudget):
+            # a budget alone is a wall: trade-offs lead along it, through structures that just miss it
+            self.guides += [Lagrangian(200.0), Lagrangian(20.0)]
+        self._rounds = 0
         self.fitted: dict[str, Evaluation] = {}
         self.best: Evaluation | None = None
         self.since_best = 0
@@ -154,7 +160,11 @@ class Auto:
     def _moves(self) -> list[Proposal]:
         """The most promising unfitted structures around the best ones."""
         view, options = self.view, self.options
-        leaders = sorted(self.fitted.values(), key=lambda evaluation: evaluation.merit)[:3]
+        guide = self.guides[self._rounds % len(self.guides)]
+        self._rounds += 1
+        leaders = sorted(self.fitted.values(), key=lambda e: guide.merit(e.structure.parameters, e.rse, view.entries))[
+            :3
+        ]
         origin: dict[str, tuple[Point, Evaluation]] = {}
         for leader in leaders:
             near = list(view.domain.neighbours(leader.point, options.radius))
@@ -173,7 +183,7 @@ class Auto:
             optimism = 1.0 if slot % 2 else 0.25
             expected = np.exp(mean - optimism * spread)
             pairs = zip(candidates, expected, strict=True)
-            merits = np.array([view.merit(structure, float(rse)) for (structure, _, _), rse in pairs])
+            merits = np.array([guide.merit(s.parameters, float(rse), view.entries) for (s, _, _), rse in pairs])
             merits[chosen] = np.inf
             chosen.append(int(merits.argmin()))
         return [proposal for i in chosen for proposal in self._new([candidates[i][1]], candidates[i][2])]
