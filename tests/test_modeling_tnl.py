@@ -204,7 +204,7 @@ def test_initial_weights() -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("theta"):
             expected = 10000 ** (-2 / 64 * torch.arange(64.0))
-            torch.testing.assert_close(parameter, expected.expand(3, 1, 64))
+            torch.testing.assert_close(parameter, expected.expand(2, 1, 64))
         else:
             assert parameter.std().item() == pytest.approx(0.02, rel=0.05), name
             assert abs(parameter.mean().item()) < 1e-3, name

@@ -16,10 +16,10 @@ LAYER_TYPES = ("linear_attention", "full_attention")
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "vocab_size": 256,
-        "hidden_size": 192,
+        "hidden_size": 128,
         "num_hidden_layers": 4,
-        "num_attention_heads": 3,
-        "intermediate_size": 512,
+        "num_attention_heads": 2,
+        "intermediate_size": 384,
         "tie_word_embeddings": True,
         "pad_token_id": None,
         "bos_token_id": None,
