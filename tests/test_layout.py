@@ -19,6 +19,7 @@ ALLOWED = {
     "tnl.integrations": {"tnl.integrations", "tnl.models", "tnl.ops"},
     "tnl.compression": {"tnl.compression", "tnl.models", "tnl.ops", "tnss"},
     "tnl.cli": {"tnl", "tnss"},
+    "tnl.__main__": {"tnl.cli"},
     "tnl": {"tnl.ops"},
 }
 

@@ -136,7 +136,3 @@ def _fail(name: str, error: Exception, traceback: bool, code: int) -> int:
     message = " ".join(str(error).split()) or type(error).__name__
     print(f"tnl {name}: error: {message}".replace("tnl :", "tnl:"), file=sys.stderr)
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

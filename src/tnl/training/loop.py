@@ -299,6 +299,9 @@ def export(run: Run, folder: Path) -> None:
     state: Any = None
     if run.ranks.mesh is not None:
         state = get_model_state_dict(run.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        tied = {name for name, _ in run.model.named_parameters(remove_duplicate=False)}
+        tied -= {name for name, _ in run.model.named_parameters()}
+        state = {name: value for name, value in state.items() if name not in tied}
     if run.ranks.is_first:
         save_model(run.model, run.tokenizer, folder, state)
     run.ranks.wait()

@@ -1,0 +1,129 @@
+"""Two processes under torchrun train what one does, and go on from each other's checkpoints. Tier T2."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+CONFIG = {
+    "model": {
+        "name": "tiny",
+        "overrides": {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 48,
+        },
+    },
+    "data": {"held_out_fraction": 0.2},
+    "optimizer": {"learning_rate": 3e-4, "warmup_steps": 2},
+    "sequence_length": 32,
+    "batch_size": 8,
+    "micro_batch_size": 2,
+    "steps": 20,
+    "log_every": 1,
+    "checkpoint_every": 3,
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(24):
+        (folder / f"{i:02d}.txt").write_text(f"Document {i} says: " + f"{i} is {i * i} squared. " * (1 + i % 5))
+    path = tmp_path_factory.mktemp("config") / "train.yaml"
+    path.write_text(yaml.safe_dump({**CONFIG, "data": {"train": str(folder), "held_out_fraction": 0.2}}))
+    return path
+
+
+def start(processes: int, config: Path, output: Path, *options: str, restarts: int = 0) -> subprocess.Popen[str]:
+    launcher = [sys.executable, "-m"]
+    if processes > 1:
+        launcher += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        launcher += [f"--max-restarts={restarts}", "--monitor-interval=0.1", "-m"]
+    command = [*launcher, "tnl", "train", str(config), "--output", str(output), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def run(processes: int, config: Path, output: Path, *options: str) -> str:
+    process = start(processes, config, output, *options)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return errors
+
+
+def losses(output: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_close(output: Path, expected: Path) -> None:
+    assert losses(output) == pytest.approx(losses(expected), rel=0, abs=1e-6)
+    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (output, expected))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def alone(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("alone")
+    run(1, config, output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def two(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("two")
+    assert "on 2 cpu" in run(2, config, output)
+    return output
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_and_exchange_checkpoints(config: Path, alone: Path, two: Path, tmp_path: Path) -> None:
+    """Sharded over two processes with two micro-batches each, against one process with four."""
+    assert_close(two, alone)
+    rows = [json.loads(line) for line in (two / "metrics.jsonl").read_text().splitlines()]
+    single = [json.loads(line) for line in (alone / "metrics.jsonl").read_text().splitlines()]
+    assert [row["tokens"] for row in rows] == [row["tokens"] for row in single]
+    assert rows[-1]["held_out_loss"] == pytest.approx(single[-1]["held_out_loss"], abs=1e-6)
+
+    # One process goes on from the checkpoint of two.
+    shutil.copytree(two, tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "model")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-00000020")
+    assert len(list((tmp_path / "resumed" / "checkpoints" / "step-00000018").glob("*.distcp"))) == 2
+    assert "resumed from" in run(1, config, tmp_path / "resumed", "--resume")
+    assert_close(tmp_path / "resumed", alone)
+
+
+@pytest.mark.slow
+def test_killed_process_restarts_and_resumes_by_itself(config: Path, two: Path, tmp_path: Path) -> None:
+    """One of two processes is killed after the first checkpoint; torchrun starts both again."""
+    process = start(2, config, tmp_path, "--resume", restarts=1)
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "checkpoints" / "step-00000003").is_dir():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, "no checkpoint in 200 seconds"
+        time.sleep(0.01)
+    os.kill(workers_of(process.pid)[-1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "resumed from" in errors
+    assert losses(tmp_path) == losses(two)  # bitwise
+
+
+def workers_of(launcher: int) -> list[int]:
+    """Process ids of the children of torchrun that run the training."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    return [int(c) for c in children if b"train" in Path(f"/proc/{c}/cmdline").read_bytes()]
