@@ -36,31 +36,35 @@ class Tiles:
     stages: int
 
 
-def choose_tiles(rows: int, columns: int, dtype: torch.dtype) -> Tiles:
-    """Tiles for a state of ``rows x columns`` (each the larger one of the passes of a launch)."""
+def choose_tiles(rows: int, columns: int, dtype: torch.dtype, per_token: bool = False, exact: bool = False) -> Tiles:
+    """Tiles for a state of ``rows x columns`` (each the larger one of the passes of a launch).
+
+    ``exact`` float32 products run outside the matrix units; their tiles are small, since the loops are unrolled.
+
+    Measured on an H100 (benchmarks/results/operator): four stages of 64 tokens and 64 columns leave one program a
+    multiprocessor and saturate its memory; with a decay per token there is more arithmetic, which two programs hide.
+    """
     padded = max(16, triton.next_power_of_2(rows))
-    width = min(64, max(16, triton.next_power_of_2(columns)))
+    width = max(16, triton.next_power_of_2(columns))
     if dtype == torch.float32:
-        return Tiles(32, min(width, 32), 4, 2)
-    return Tiles(64, width, 8 if padded > 128 else 4, 2 if padded > 128 else 4)
+        return Tiles(16, 16, 8, 2) if exact else Tiles(64 if padded <= 128 else 32, min(width, 32), 4, 2)
+    if padded > 128:
+        return Tiles(64, min(width, 32), 4, 3)
+    return Tiles(64, min(width, 64), 4, 2 if per_token else 4)
 
 
 MIN_SEGMENT = 256
-# Tokens of the last segment of a sequence to those of another: it need not sum up its state before it walks.
-LAST_SEGMENT = 1.4
 
 
 def cut_sequence(tokens: int, walks: int, processors: int) -> tuple[int, int]:
     """Segments that a sequence is cut into, and tokens in each of them but the last along the walk.
 
-    ``walks`` is the number of programs of a launch without a cut. One program a multiprocessor is what saturates the
-    memory, so there are as many segments as make one program for each; a walk of a whole sequence where that is one.
+    ``walks`` is the number of programs of a launch without a cut. One program a multiprocessor saturates the memory,
+    so there are as many segments as make one program for each; a walk of a whole sequence where that is one.
     """
     segments = max(1, min(processors // walks, tokens // MIN_SEGMENT))
-    if segments == 1:
-        return 1, tokens
-    length = triton.cdiv(int(tokens / (segments - 1 + LAST_SEGMENT)), 64) * 64
-    return min(segments, triton.cdiv(tokens, length)), length
+    length = triton.cdiv(triton.cdiv(tokens, segments), 64) * 64
+    return (1, tokens) if segments == 1 else (triton.cdiv(tokens, length), length)
 
 
 @functools.lru_cache
@@ -169,6 +173,9 @@ def _walk(
     y_tokens = _tokens(Y, begin, end, y_stride, K, BLOCK_T, BLOCK_K)
     z_tokens = _tokens(Z, begin, end, z_stride, C, BLOCK_T, BLOCK_C)
     out_tokens = _tokens(OUT, begin, end, out_stride, C, BLOCK_T, BLOCK_C)
+    against_tokens = (
+        _tokens(AGAINST, begin, end, against_stride, C, BLOCK_T, BLOCK_C) if NEED_DIFFERENCE else out_tokens
+    )
     length = end - begin
     blocks = tl.cdiv(length, BLOCK_T)
     first = (blocks - 1) * BLOCK_T if REVERSE else 0
@@ -214,12 +221,8 @@ def _walk(
         state = _update(state, y, z, write, last, PRECISION)
         out_tokens.store([at, column], out.to(OUT.dtype.element_ty))
         if NEED_DIFFERENCE:
+            against = against_tokens.load([at, column])
             token = (begin + at).to(tl.int64) + rows
-            against = tl.load(
-                AGAINST + token[:, None] * against_stride + columns[None, :],
-                (at + rows < length)[:, None] & (columns < C)[None, :],
-                0.0,
-            )
             difference = tl.sum(out * against.to(tl.float32), 1)
             tl.store(DIFFERENCE + token * difference_stride, difference, at + rows < length)
 
@@ -460,8 +463,8 @@ def _decay_form(log_decay: Tensor | None) -> tuple[Tensor | None, int]:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """Of float32 products: TF32 where PyTorch may use it for its own, else three TF32 products, as exact as float32."""
-    return "tf32x3" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """Of float32 products: TF32 where PyTorch may use it for its own."""
+    return "ieee" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _padded(width: int) -> int:
@@ -505,7 +508,9 @@ def forward(
     """``(o, final_state)``; shapes as in :func:`tnl.ops.lightning_attention`."""
     tokens, heads, D = q.shape[1:]
     E = v.shape[-1]
-    tiles = choose_tiles(D, E, q.dtype)
+    log_decay, decay = _decay_form(log_decay)
+    precision = _precision(q.dtype)
+    tiles = choose_tiles(D, E, q.dtype, per_token=decay == 2, exact=precision == "ieee")
     blocks = triton.cdiv(E, tiles.columns)
     cut = _cut(q, cu_seqlens, blocks)
     o = _new_tokens(q, E)
@@ -515,7 +520,6 @@ def forward(
         final_state = torch.empty(cut.sequences, heads, D, E, dtype=torch.float32, device=q.device)
     if cut.split:
         flags = torch.zeros(1 + cut.sequences * heads * blocks, dtype=torch.int32, device=q.device)
-    log_decay, decay = _decay_form(log_decay)
     initial_state = None if initial_state is None else initial_state.contiguous()
     triton.set_allocator(_scratch)
     _forward_kernel[(cut.items * heads * blocks,)](
@@ -524,7 +528,7 @@ def forward(
         scale, tokens, heads, heads // k.shape[2], cut.sequences, cut.segment, cut.per_sequence, cut.items, D, E,
         DECAY=decay, HAS_INITIAL=initial_state is not None, STORE_FINAL=return_final_state,
         PACKED=cut.packed, SPLIT=cut.split, BLOCK_T=tiles.tokens, BLOCK_D=_padded(D), BLOCK_C=tiles.columns,
-        PRECISION=_precision(q.dtype),
+        PRECISION=precision,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return o.contiguous(), final_state
@@ -545,7 +549,9 @@ def backward(
     """``(dq, dk, dv, dinitial_state, difference)``, as :func:`tnl.ops.lightning_torch.backward`."""
     batch, tokens, heads, D = q.shape
     E, kv_heads = v.shape[-1], k.shape[2]
-    tiles = choose_tiles(max(D, E), max(D, E), q.dtype)
+    log_decay, decay = _decay_form(log_decay)
+    precision = _precision(q.dtype)
+    tiles = choose_tiles(max(D, E), max(D, E), q.dtype, per_token=decay == 2, exact=precision == "ieee")
     d_blocks, e_blocks = triton.cdiv(D, tiles.columns), triton.cdiv(E, tiles.columns)
     blocks = 2 * d_blocks + e_blocks
     cut = _cut(q, cu_seqlens, blocks)
@@ -560,7 +566,6 @@ def backward(
         flags = torch.zeros(1 + cut.sequences * heads * blocks, dtype=torch.int32, device=q.device)
     if need_decay:
         difference = torch.empty(2, d_blocks, batch, tokens, heads, dtype=torch.float32, device=q.device)
-    log_decay, decay = _decay_form(log_decay)
     initial_state, dfinal_state = (x if x is None else x.contiguous() for x in (initial_state, dfinal_state))
     triton.set_allocator(_scratch)
     _backward_kernel[(cut.items * heads * blocks,)](
@@ -573,7 +578,7 @@ def backward(
         STORE_DINITIAL=initial_state is not None, NEED_DIFFERENCE=need_decay,
         PACKED=cut.packed, SPLIT=cut.split, BLOCK_T=tiles.tokens,
         BLOCK_D=_padded(D), BLOCK_E=_padded(E), BLOCK_C=tiles.columns,
-        PRECISION=_precision(q.dtype), num_warps=tiles.warps, num_stages=tiles.stages,
+        PRECISION=precision, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     if kv_heads != heads:
         dk, dv = (x.unflatten(2, (kv_heads, -1)).sum(3) for x in (dk, dv))
