@@ -80,12 +80,16 @@ def join_ranks(device: str) -> Iterator[Ranks]:
     if chosen.type == "cuda":
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
-    # Objects and barriers go through gloo, tensors on a GPU through NCCL.
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    # Processes that torchrun starts again find the same store: what the dead ones wrote there must not be read, or
+    # the new ones wait for them for ever (seen with torch 2.13 and gloo).
+    store, rank, size = next(torch.distributed.rendezvous("env://"))
+    store = torch.distributed.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    # Objects and counts go through gloo, tensors on a GPU through NCCL.
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
-        size = torch.distributed.get_world_size()
         mesh = init_device_mesh(chosen.type, (size,), mesh_dim_names=("data",))
-        yield Ranks(rank=torch.distributed.get_rank(), size=size, device=chosen, mesh=mesh)
+        yield Ranks(rank=rank, size=size, device=chosen, mesh=mesh)
     finally:
         torch.distributed.destroy_process_group()
 
