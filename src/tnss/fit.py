@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -24,6 +25,7 @@ from tnss.warm import warm_cores
 
 BATCH_ENTRIES = {"cpu": 16_000_000, "cuda": 400_000_000}  # tensor entries times networks held at once
 STRIDE_LEAST, STRIDE_LIMIT, STRIDE_GROWTH = 0.05, 2.0, 1.1
+THREADED_ENTRIES = 1_000_000
 MOST_LOOKS = 10.0
 ANNEALED_TO = 1e-3  # the ridge of random starts falls from 1 to this, then to nothing
 GROWTH_SWEEPS = 3  # sweeps at each rank while growing
@@ -129,7 +131,7 @@ class Fitter:
         """Fit every request; results in the order of the requests."""
         layouts = [_layout(request.structure) for request in requests]
         results: list[Network | None] = [None] * len(requests)
-        with torch.inference_mode():
+        with torch.inference_mode(), _few_threads(self.tensor.numel()):
             for members in self._batches(layouts):
                 fitted = self._fit_batch([requests[i] for i in members], [layouts[i] for i in members])
                 for i, network in zip(members, fitted, strict=True):
@@ -342,6 +344,18 @@ class _Race:
         self.noise = [core[keep] for core in self.noise]
         self.previous = [core[keep] for core in self.previous]
         self.last, self.stride, self.ridge = self.last[keep], self.stride[keep], self.ridge[keep]
+
+
+@contextmanager
+def _few_threads(entries: int) -> Iterator[None]:
+    """One thread while the matrices are small: waking others costs more than they bring, far more on busy cores."""
+    threads = torch.get_num_threads()
+    if entries < THREADED_ENTRIES:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _looks_to_come(history: list[float]) -> float:

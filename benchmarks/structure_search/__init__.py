@@ -1,0 +1,1 @@
+"""Benchmarks of tnss: ``python -m benchmarks.structure_search CASE ...`` writes CSV, ``plot`` draws them."""

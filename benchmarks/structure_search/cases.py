@@ -1,0 +1,325 @@
+"""The cases: each yields rows; the runner adds machine and versions and writes one CSV a case as rows come."""
+
+import csv
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import tnss
+from benchmarks import RESULTS
+from benchmarks.structure_search import problems, rivals
+
+FOLDER = RESULTS / "structure_search"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A benchmark: how many seeds by default, and the rows of one seed."""
+
+    seeds: int
+    rows: Callable[[int], Iterator[Row]]
+
+
+def run_case(name: str, seeds: int | None = None) -> None:
+    """Run one case on one CPU core (the GPU case on the GPU) and write its rows, replacing the old file."""
+    torch.set_num_threads(1)
+    case = CASES[name]
+    path = FOLDER / f"{name}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".csv.partial")
+    written: list[str] = []
+    with temporary.open("w", newline="") as file:
+        for seed in range(seeds or case.seeds):
+            for row in case.rows(seed):
+                row = {"case": name, "seed": seed} | row | machine()
+                writer = csv.DictWriter(file, list(row), lineterminator="\n")
+                if not written:
+                    writer.writeheader()
+                    written = list(row)
+                assert list(row) == written, f"{name}: rows with different columns"
+                writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()})
+                file.flush()
+                print({key: row[key] for key in list(row)[: -len(machine())]}, file=sys.stderr, flush=True)
+    os.replace(temporary, path)
+
+
+def machine() -> Row:
+    """Machine and versions, for each row."""
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+    return {
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{model}, 1 core",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def searched(
+    tensor: torch.Tensor, space: tnss.Ring | tnss.Complete, objective: Any, **settings: Any
+) -> tuple[tnss.Result, Row]:
+    """Run a search; the columns that every case reports. ``cpu_seconds`` does not count what others use."""
+    began, cpu = time.perf_counter(), time.process_time()
+    result = tnss.search(tensor, space, objective, **settings)
+    return result, {
+        "parameters": result.best.parameters,
+        "compression": result.best.structure.compression,
+        "rse": result.best.rse,
+        "objective": result.best.objective,
+        "gap": result.gap,
+        "unfitted_gap": result.unfitted_gap,
+        "optimal": result.optimal,
+        "evaluations": len(result.history),
+        "unique_structures": result.unique_structures,
+        "fits": sum(record.fits for record in result.history),
+        "sweeps": sum(record.sweeps for record in result.history),
+        "seconds": time.perf_counter() - began,
+        "cpu_seconds": time.process_time() - cpu,
+    }
+
+
+def evaluations_until(result: tnss.Result, objective: float) -> int | None:
+    """Evaluations, repeats included, when an objective was reached; None where it was not."""
+    return next((record.evaluation for record in result.history if record.objective <= objective), None)
+
+
+def fidelity(seed: int) -> Iterator[Row]:
+    """TnALE by the book: no bound, no memory of fits, radius 2 then 1, initial phase of two rounds."""
+    control = tnss.Control(bound=False, reuse=False, target=0.17285)
+    options = tnss.TnALEOptions(initial_radius=2, radius=1, initial_rounds=2)
+    result, columns = searched(
+        problems.shared("data"),
+        tnss.Ring(7),
+        tnss.Lagrangian(200.0),
+        method=options,
+        budget=tnss.Budget(2000),
+        seed=seed,
+        control=control,
+    )
+    yield {"found_at": evaluations_until(result, 0.17285), **columns}
+
+
+def evaluation(seed: int) -> Iterator[Row]:
+    """One evaluation: our solver against the authors' (Adam, 2 x 10,000 steps) on random rings of data.npz."""
+    tensor = problems.shared("data")
+    generator = np.random.default_rng(100 + seed)
+    order, ranks = generator.permutation(6).tolist(), generator.integers(1, 8, 6).tolist()
+    structure = tnss.Structure(tensor.shape, [(order[i - 1], order[i], ranks[i]) for i in range(6)])
+    fitter = tnss.Fitter(tensor, tnss.ALS())
+    fitter.fit([tnss.FitRequest(structure, seed + 1)])  # paths and code warm
+    began, cpu = time.perf_counter(), time.process_time()
+    network = fitter.fit([tnss.FitRequest(structure, seed)])[0]
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
+    began, cpu = time.perf_counter(), time.process_time()
+    rse, steps = rivals.adam(tensor, structure, seed)
+    yield {
+        "parameters": structure.parameters,
+        "rse": network.rse,
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "adam_rse": rse,
+        "adam_steps": steps,
+        "adam_seconds": time.perf_counter() - began,
+        "adam_cpu_seconds": time.process_time() - cpu,
+        "rse_ratio": network.rse / rse if rse > 1e-8 else float(network.rse > 1e-8),
+    }
+
+
+def planted(seed: int) -> Iterator[Row]:
+    """The default method on data.npz and the planted rings."""
+    tensors = {"data": (problems.shared("data"), 126, 1e-8)}
+    tensors |= {name: (case.tensor(), case.parameters, case.bar) for name, case in problems.PLANTED.items()}
+    for name, (tensor, parameters, bar) in tensors.items():
+        _, columns = searched(tensor, tnss.Ring(7), tnss.Lagrangian(200.0), seed=seed, budget=tnss.Budget(60))
+        yield {"tensor": name, "eff": parameters / columns["parameters"], "bar_met": columns["rse"] <= bar, **columns}
+
+
+def rings(seed: int) -> Iterator[Row]:
+    """Random planted rings of orders 6 and 8 with noise 0 to 1e-2."""
+    problem = problems.random_ring(seed)
+    result, columns = searched(
+        problem.tensor(), tnss.Ring(7), tnss.Lagrangian(200.0), seed=seed, budget=tnss.Budget(60)
+    )
+    yield {
+        "order": len(problem.order),
+        "noise": problem.noise,
+        "planted": problem.parameters,
+        "eff": problem.parameters / result.best.parameters,
+        "bar_met": result.best.rse <= problem.bar,
+        "found_at": evaluations_until(result, result.best.objective),
+        **columns,
+    }
+
+
+def plateau(seed: int) -> Iterator[Row]:
+    """From an exact fit in a wrong order (f = 0.3128, 228 parameters): with the bound, and with moves alone."""
+    tensor = problems.shared("data")
+    start = tnss.Point((6, 3, 1, 3, 4, 4), (0, 2, 3, 4, 5, 1))
+    for bound in (True, False):
+        control = tnss.Control(start=start, bound=bound, target=0.1729)
+        budget = tnss.Budget(120)
+        result, columns = searched(
+            tensor, tnss.Ring(7), tnss.Lagrangian(200.0), seed=seed, control=control, budget=budget
+        )
+        first = result.history[0].objective
+        yield {"bound": bound, "first": first, "found_at": evaluations_until(result, 0.1729), **columns}
+
+
+def images(seed: int) -> Iterator[Row]:
+    """Two grey images of 4^8 as rings, lambda 5, ranks up to 7, 100 unique structures."""
+    for name, bar in (("image_a", 0.3365), ("image_b", 0.2041)):
+        budget = tnss.Budget(100)
+        result, columns = searched(problems.shared(name), tnss.Ring(7), tnss.Lagrangian(5.0), seed=seed, budget=budget)
+        yield {"tensor": name, "bar": bar, "bar_at": evaluations_until(result, bar), **columns}
+
+
+def topology(seed: int) -> Iterator[Row]:
+    """Planted graphs of 5 and 6 modes of 4, ranks up to 4 on the complete graph, 200 evaluations."""
+    for order, limit in ((5, 614), (6, 2457)):
+        structure, tensor = problems.planted_topology(seed, order, limit=limit)
+        result, columns = searched(tensor, tnss.Complete(4), tnss.Lagrangian(200.0), seed=0, budget=tnss.Budget(200))
+        exact = [r for r in result.history if r.rse < 1e-8]
+        least = min((record.parameters for record in exact), default=0)
+        found = next((r.evaluation for r in exact if r.parameters <= structure.parameters), None)
+        eff = structure.parameters / least if least else 0.0
+        yield {"order": order, "planted": structure.parameters, "eff": eff, "found_at": found, **columns}
+
+
+def noise(seed: int) -> Iterator[Row]:
+    """Strong noise: the default method and TnALE with equal evaluations on A6a and A6b."""
+    for name in ("A6a", "A6b"):
+        for level in (3e-2, 1e-1):
+            case = problems.PLANTED[name]
+            tensor = problems.Planted(case.size, case.order, case.bonds, case.seed, level, 0.0).tensor()
+            for method in ("auto", "tnale"):
+                _, columns = searched(
+                    tensor,
+                    tnss.Ring(7),
+                    tnss.Lagrangian(200.0),
+                    method=method,
+                    seed=seed,
+                    budget=tnss.Budget(150),
+                )
+                yield {"tensor": name, "noise": level, "method": method, **columns}
+
+
+def methods(seed: int) -> Iterator[Row]:
+    """All methods with our fit, and SVDinsTN, on data.npz and A6n: parameters at the planted error."""
+    targets = {"data": (problems.shared("data"), 1e-8), "A6n": (problems.PLANTED["A6n"].tensor(), 1.0e-4)}
+    for name, (tensor, error) in targets.items():
+        for method in ("auto", "tnale", "tnls", "tnga", "greedy"):
+            result, columns = searched(
+                tensor, tnss.Ring(7), tnss.Lagrangian(200.0), method=method, seed=seed, budget=tnss.Budget(400)
+            )
+            met = [network.parameters for network in result.networks if network.rse <= error]
+            yield {"tensor": name, "method": method, "parameters_at_error": min(met, default=0), **columns}
+        yield {"tensor": name, "method": "svdinstn", **_svdinstn(tensor, error, seed)}
+
+
+def _svdinstn(tensor: torch.Tensor, error: float, seed: int) -> Row:
+    """The best structure of five weights, each fitted by our solver."""
+    began, cpu = time.perf_counter(), time.process_time()
+    networks = []
+    for gamma in (3e-4, 1e-3, 3e-3, 1e-2, 3e-2):
+        structure, _ = rivals.SVDinsTN(gamma).structure(tensor, seed)
+        networks.append(tnss.Fitter(tensor, tnss.ALS()).fit([tnss.FitRequest(structure, seed)])[0])
+    value = tnss.Lagrangian(200.0).merit
+    best = min(networks, key=lambda n: value(n.parameters, n.rse, tensor.numel()))
+    met = [network.parameters for network in networks if network.rse <= error]
+    return {
+        "parameters_at_error": min(met, default=0),
+        "parameters": best.parameters,
+        "compression": best.structure.compression,
+        "rse": best.rse,
+        "objective": value(best.parameters, best.rse, tensor.numel()),
+        "gap": float("nan"),
+        "unfitted_gap": float("nan"),
+        "optimal": False,
+        "evaluations": len(networks),
+        "unique_structures": len({network.structure for network in networks}),
+        "fits": sum(network.fits for network in networks),
+        "sweeps": sum(network.sweeps for network in networks),
+        "seconds": time.perf_counter() - began,
+        "cpu_seconds": time.process_time() - cpu,
+    }
+
+
+def large(seed: int) -> Iterator[Row]:
+    """Order 10 with modes of 2, and order 6 with modes of 16 (16.8 M entries)."""
+    generator = np.random.default_rng(seed)
+    ten = problems.Planted(2, tuple(generator.permutation(10).tolist()), (2, 3) * 5, seed, 1e-2, 0.0).tensor()
+    order = tuple(generator.permutation(6).tolist())
+    wide = problems.Planted(16, order, (3, 4, 2, 3, 4, 3), seed, 1e-2, 0.0).tensor()
+    for name, tensor, space, evaluations in (
+        ("order 10, modes of 2", ten, tnss.Ring(4), 60),
+        ("order 6, modes of 16", wide, tnss.Ring(6), 12),
+    ):
+        _, columns = searched(tensor, space, tnss.Lagrangian(200.0), seed=seed, budget=tnss.Budget(evaluations, 500.0))
+        yield {"tensor": name, "entries": tensor.numel(), **columns}
+
+
+def gpu(seed: int) -> Iterator[Row]:
+    """1,000 rings of image size in one batch on the GPU, against one CPU core on a sample of them."""
+    tensor = problems.shared("image_a")
+    generator = np.random.default_rng(seed)
+    requests = []
+    for index in range(1000):
+        order, ranks = generator.permutation(8).tolist(), generator.integers(3, 8, 8).tolist()
+        structure = tnss.Structure(tensor.shape, [(order[i - 1], order[i], ranks[i]) for i in range(8)])
+        requests.append(tnss.FitRequest(structure, index))
+    settings = {"restarts": 1, "sweeps": 60, "progress": 0.0, "racing": False, "polish": 0}
+    on_gpu = tnss.Fitter(tensor, tnss.ALS(device="cuda", **settings))
+    on_gpu.fit(requests[:50])
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    fast = on_gpu.fit(requests)
+    torch.cuda.synchronize()
+    gpu_seconds = time.perf_counter() - began
+    sample = requests[:40]
+    on_cpu = tnss.Fitter(tensor, tnss.ALS(**settings))
+    on_cpu.fit(sample[:1])
+    began = time.perf_counter()
+    slow = [on_cpu.fit([request])[0] for request in sample]
+    cpu_seconds = (time.perf_counter() - began) / len(sample)
+    began = time.perf_counter()
+    on_cpu.fit(sample)
+    batched_seconds = (time.perf_counter() - began) / len(sample)
+    difference = [abs(a.rse - b.rse) / b.rse for a, b in zip(fast, slow, strict=False)]
+    yield {
+        "structures": len(requests),
+        "sweeps": 60,
+        "gpu_seconds": gpu_seconds,
+        "gpu_seconds_each": gpu_seconds / len(requests),
+        "cpu_core_seconds_each": cpu_seconds,
+        "cpu_core_batched_seconds_each": batched_seconds,
+        "speedup": min(cpu_seconds, batched_seconds) * len(requests) / gpu_seconds,
+        "largest_relative_rse_difference": max(difference),
+        "median_relative_rse_difference": statistics.median(difference),
+    }
+
+
+CASES = {
+    "fidelity": Case(10, fidelity),
+    "evaluation": Case(10, evaluation),
+    "planted": Case(10, planted),
+    "rings": Case(40, rings),
+    "plateau": Case(10, plateau),
+    "images": Case(3, images),
+    "topology": Case(6, topology),
+    "noise": Case(10, noise),
+    "methods": Case(10, methods),
+    "large": Case(1, large),
+    "gpu": Case(1, gpu),
+}
