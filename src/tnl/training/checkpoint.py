@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from tnl.training.model import flush_to_disk
@@ -81,11 +82,12 @@ class Checkpoints:
             self.ranks.wait()
             if self.ranks.is_first:
                 self._finish(unfinished, path, record)
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # the latter is a BaseException
             shutil.rmtree(unfinished, ignore_errors=True)
-            reason = (str(error) or repr(error)).strip().splitlines()[-1]
             before = self.newest() or "none"
-            raise OSError(f"cannot write checkpoint {path} ({reason}); the newest complete one: {before}") from error
+            raise OSError(
+                f"cannot write checkpoint {path} ({_reason(error)}); the newest complete one: {before}"
+            ) from error
         self.ranks.wait()
         return path
 
@@ -121,6 +123,18 @@ class Checkpoints:
         if with_generators:
             state["generators"] = {str(self.ranks.rank): generator_states()}
         return state
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong in one line: the operating system's word where there is one behind the error."""
+    failures = [failure for failure, _ in error.failures.values()] if isinstance(error, CheckpointException) else []
+    for first in (*failures, error):
+        link: BaseException | None = first
+        while link is not None:
+            if isinstance(link, OSError):
+                return str(link)
+            link = link.__cause__ or link.__context__
+    return (str(error) or repr(error)).strip().splitlines()[-1]
 
 
 @contextlib.contextmanager
