@@ -99,7 +99,9 @@ def test_properties_of_state(data: st.DataObject) -> None:
 
     g = x["log_decay"]
     packed, packed_state = lightning_attention(
-        *(t.flatten(0, 1)[None] for t in (q, k, v)),
+        q.flatten(0, 1)[None],
+        k.flatten(0, 1)[None],
+        v.flatten(0, 1)[None],
         g if g is None or g.dim() == 1 else g.flatten(0, 1)[None],
         initial_state=s0, return_final_state=True, cu_seqlens=torch.tensor([0, T, 2 * T]),
     )  # fmt: skip
@@ -123,5 +125,5 @@ def test_long_range(rate: float) -> None:
     x = case.inputs(torch.float32)
     q, k, v, decay = x["q"], x["k"], x["v"], torch.tensor([-rate])
     o, _ = lightning_attention(q, k, v, decay)
-    reference, _ = lightning_torch.forward(*(t.double() for t in (q, k, v)), decay.double(), None, None, 1.0)
+    reference, _ = lightning_torch.forward(q.double(), k.double(), v.double(), decay.double(), None, None, 1.0)
     assert relative_error(o[:, -1000:], reference[:, -1000:]) < 3 * relative_error(o[:, :1000], reference[:, :1000])

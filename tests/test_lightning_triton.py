@@ -174,9 +174,8 @@ def test_gpu_offsets_beyond_32_bits() -> None:
     decay = torch.full((H,), -0.05, device="cuda")
     o, _ = lightning_attention(q, k, v, decay)
     tail = slice(T - 2048, T)
-    expected, _ = lightning_torch.forward(
-        *(x[-1:, tail, -1:].double() for x in (q, k, v)), decay[-1:].double(), None, None, 1.0
-    )
+    q, k, v = (x[-1:, tail, -1:].double() for x in (q, k, v))
+    expected, _ = lightning_torch.forward(q, k, v, decay[-1:].double(), None, None, 1.0)
     assert relative_error(o[-1:, -64:, -1:], expected[:, -64:]) < 5e-3
 
 

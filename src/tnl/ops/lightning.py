@@ -61,6 +61,9 @@ def lightning_attention(
     float32 products on a GPU are exact to float32, or use TF32 where ``torch.set_float32_matmul_precision`` allows
     it for PyTorch's own. The state is always accumulated in float32 or wider, decay in log space.
 
+    The gradient of log_decay is a sum of differences of larger terms. With float16 or bfloat16 inputs its relative
+    error grows with T (docs/operator.md); with float32 inputs it is as good as the others.
+
     Raises:
         ValueError: An argument's shape, dtype, device, strides or value does not fit; the message names it.
     """
