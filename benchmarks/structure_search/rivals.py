@@ -32,7 +32,7 @@ def adam(
             loss.backward()
             optimiser.step()
             made += 1
-            best = min(best, float(loss))
+            best = min(best, loss.item())
             if best < 1e-8:
                 return best, made
     return best, made

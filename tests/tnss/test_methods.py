@@ -1,0 +1,93 @@
+"""The methods as ask and tell, on a made-up landscape: none of them sees a tensor. Tier T0."""
+
+import numpy as np
+import pytest
+
+import tnss
+from tnss.methods import METHODS, Evaluation, TnALE, View
+from tnss.methods.tnale import TnALEOptions
+from tnss.space import Point
+
+TARGET = np.array([2, 3, 2, 4, 2])
+
+
+def view(seed: int = 0, start: Point | None = None, max_rank: int = 5) -> View:
+    domain = tnss.Ring(max_rank).bind((3,) * 5)
+    return View(domain, tnss.Lagrangian(1.0), None, np.random.default_rng(seed), start)
+
+
+def rse(point: Point) -> float:
+    """Falls to 0 at the target ranks, and with the modes in order up to a turn."""
+    order = list(point.permutation)
+    steps = [abs(order[i] - order[i - 1]) in (1, 4) for i in range(5)]
+    return float(np.abs(np.array(point.values) - TARGET).sum()) / 10 + 0.2 * (5 - sum(steps))
+
+
+def evaluate(current: View, points: list[Point]) -> list[Evaluation]:
+    structures = [current.domain.decode(point) for point in points]
+    return [Evaluation(p, s, rse(p), current.merit(s, rse(p))) for p, s in zip(points, structures, strict=True)]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_go_down(name: str) -> None:
+    current = view()
+    method = METHODS[name](current)
+    merits: list[float] = []
+    for _ in range(60):
+        proposals = method.ask()
+        if not proposals:
+            break
+        evaluations = evaluate(current, [proposal.point for proposal in proposals])
+        method.tell(evaluations)
+        merits += [evaluation.merit for evaluation in evaluations]
+    assert min(merits) < 0.75 * merits[0]
+
+
+def test_tnale_makes_one_round_trip() -> None:
+    """Variables forwards, the permutation, variables backwards: 2 * 5 * 3 + 11 evaluations at radius 1."""
+    current = view(start=Point((3,) * 5, (0, 1, 2, 3, 4)))
+    method = TnALE(current, TnALEOptions(initial_rounds=0))
+    sizes, changed = [], []
+    for _ in range(11):
+        points = [proposal.point for proposal in method.ask()]
+        sizes.append(len(points))
+        varying = [i for i in range(5) if len({point.values[i] for point in points}) > 1]
+        changed.append(varying[0] if varying else "permutation")
+        method.tell(evaluate(current, points))
+    assert sizes == [3] * 5 + [11] + [3] * 5
+    assert changed == [0, 1, 2, 3, 4, "permutation", 4, 3, 2, 1, 0]
+
+
+def test_tnale_interpolates_in_the_initial_phase() -> None:
+    """Radius 2: of five ranks the first, middle and last are fitted; a rank in between can win unfitted."""
+    current = view(start=Point((3,) * 5, (0, 1, 2, 3, 4)))
+    method = TnALE(current, TnALEOptions(initial_radius=2, initial_rounds=1))
+    points = [proposal.point for proposal in method.ask()]
+    assert [point.values[0] for point in points] == [1, 3, 5]
+    made_up = {1: 0.5, 3: 0.01, 5: 0.01}
+    structures = [current.domain.decode(point) for point in points]
+    method.tell([Evaluation(p, s, made_up[p.values[0]], 0.0) for p, s in zip(points, structures, strict=True)])
+    assert {proposal.point.values[0] for proposal in method.ask()} == {3}
+
+
+@pytest.mark.parametrize("max_rank", [1, 2, 3])
+def test_tnale_on_grids_narrower_than_the_radius(max_rank: int) -> None:
+    current = view(max_rank=max_rank)
+    method = TnALE(current, TnALEOptions(initial_radius=3, initial_rounds=2))
+    for _ in range(30):
+        points = [proposal.point for proposal in method.ask()]
+        assert len(points) >= 1
+        method.tell(evaluate(current, points))
+
+
+def test_tnale_leaves_a_point_where_it_is_stuck() -> None:
+    current = view(start=Point(tuple(TARGET.tolist()), (0, 1, 2, 3, 4)))
+    method = TnALE(current, TnALEOptions(initial_rounds=0))
+    starts = []
+    for step in range(12 * 11):
+        points = [proposal.point for proposal in method.ask()]
+        if step % 11 == 0:
+            starts.append(points[0])
+        method.tell(evaluate(current, points))
+    assert len(set(starts[:7])) == 1  # stuck N + 1 times
+    assert starts[7] != starts[6]
