@@ -93,7 +93,9 @@ def run(*command: str, text: Path | None = None) -> None:
         shown = f"head -c {PROMPT_BYTES} {shlex.quote(str(text.relative_to(REPOSITORY)))} | {shown}"
     CONSOLE.print(f"\n$ {shown}", style="bold", highlight=False, markup=False, soft_wrap=True)
     given = None if text is None else text.read_bytes()[:PROMPT_BYTES]
-    subprocess.run([sys.executable, "-m", *command], cwd=REPOSITORY, input=given, check=True)
+    code = subprocess.run([sys.executable, "-m", *command], cwd=REPOSITORY, input=given).returncode
+    if code != 0:  # the command has said why
+        sys.exit(code)
 
 
 def main(options: list[str]) -> None:
@@ -109,6 +111,8 @@ def main(options: list[str]) -> None:
     shutil.rmtree(demo / "run", ignore_errors=True)
     config = "configs/demo-gpu.yaml" if torch.cuda.is_available() else "configs/demo.yaml"
     run("tnl", "train", config, *options)
+    if not (demo / "run" / "model").is_dir():
+        sys.exit("the training was stopped before its end")
     run("tnl", "eval", "demo/run", "demo/held_out", "--json", "demo/scores.json", "--csv", "demo/scores.csv")
 
     scores = byte_model_scores((p.read_bytes() for p in train), (p.read_bytes() for p in held_out))

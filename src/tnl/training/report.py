@@ -50,13 +50,11 @@ class Report:
         from torch.utils.tensorboard import SummaryWriter
 
         self.rows = [row for row in read_metrics(self.folder / "metrics.jsonl") if row["step"] <= step]
+        write_metrics(self.rows, self.folder)
         with contextlib.ExitStack() as stack:
-            self._json = stack.enter_context((self.folder / "metrics.jsonl").open("w"))
-            file = stack.enter_context((self.folder / "metrics.csv").open("w", newline=""))
+            self._json = stack.enter_context((self.folder / "metrics.jsonl").open("a"))
+            file = stack.enter_context((self.folder / "metrics.csv").open("a", newline=""))
             self._table = csv.DictWriter(file, FIELDS, extrasaction="ignore")
-            self._table.writeheader()
-            for row in self.rows:
-                self._write(row)
             self._flush = (self._json.flush, file.flush)
             self._tensorboard = stack.enter_context(
                 SummaryWriter(self.folder / "tensorboard", purge_step=step + 1 if step else None)
@@ -76,7 +74,8 @@ class Report:
             n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in row.items()
         }  # as JSON has it
         self.rows.append(row)
-        self._write(row)
+        self._json.write(json.dumps(row) + "\n")
+        self._table.writerow(row)
         for flush in self._flush:
             flush()
         for name, value in row.items():
@@ -102,10 +101,6 @@ class Report:
         if self.active and self.rows:
             draw_training(self.rows, self.folder / "training.png")
 
-    def _write(self, row: dict[str, Any]) -> None:
-        self._json.write(json.dumps(row) + "\n")
-        self._table.writerow(row)
-
 
 # name, label, format: what a line on the terminal shows
 LINE = (
@@ -126,6 +121,19 @@ def read_metrics(path: Path) -> Iterable[dict[str, Any]]:
             yield json.loads(line)
         except ValueError:
             return
+
+
+def write_metrics(rows: list[dict[str, Any]], folder: Path) -> None:
+    """Write metrics.jsonl and metrics.csv anew; the old ones are there until the new ones are complete."""
+    names = ("metrics.jsonl", "metrics.csv")
+    unfinished = [folder / f".unfinished-{name}" for name in names]
+    unfinished[0].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with unfinished[1].open("w", newline="") as file:
+        table = csv.DictWriter(file, FIELDS, extrasaction="ignore")
+        table.writeheader()
+        table.writerows(rows)
+    for path, name in zip(unfinished, names, strict=True):
+        path.replace(folder / name)
 
 
 def draw_training(rows: list[dict[str, Any]], path: Path) -> None:
