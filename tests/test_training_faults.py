@@ -56,7 +56,7 @@ checkpoints = folder / "killed" / "checkpoints"
 killed, while_writing, finished = 0, 0, 0
 while killed < kills:
     child = start("killed")
-    time.sleep(random.uniform(0.2, 0.8) * whole_run)
+    time.sleep(random.uniform(0.1, 0.6) * whole_run)
     os.kill(child, signal.SIGKILL)
     status = end(child)
     assert status in (0, -signal.SIGKILL), status

@@ -45,7 +45,7 @@ class DataSettings:
 
     Attributes:
         train: Sources of training text: files, folders, globs (plain, .gz or .xz; .jsonl, .parquet and .csv hold a
-            document a row), `datasets:NAME[:CONFIGURATION[:SPLIT]]`, or a folder written by `tnl prepare`.
+            document a row), or `datasets:NAME[:CONFIGURATION[:SPLIT]]`.
         held_out: Sources of held-out text. Without them, `held_out_fraction` of the training documents is held out.
         held_out_fraction: Share of whole documents that is held out when `held_out` is empty.
         separator: Text that separates the documents of one file; without it a file is one document.
