@@ -104,7 +104,7 @@ def fidelity(seed: int) -> Iterator[Row]:
         tnss.Ring(7),
         tnss.Lagrangian(200.0),
         method=options,
-        fit=tnss.ALS(restarts=2, polish=0),
+        fit=tnss.ALS(restarts=2, sweeps=100, polish=0),
         budget=tnss.Budget(2000),
         seed=seed,
         control=control,

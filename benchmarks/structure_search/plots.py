@@ -67,3 +67,27 @@ def plot_evaluation() -> None:
     axes.set(xscale="log", yscale="log", xlabel="Adam, CPU seconds", ylabel="tnss, CPU seconds")
     axes.set_title(f"median {statistics.median(theirs):.1f} s against {statistics.median(ours):.2f} s")
     figure.savefig(FOLDER / "evaluation.png", dpi=110)
+
+
+def image_example() -> None:
+    """The worked example of the documentation: an image, and what its best ring of 12 evaluations keeps."""
+    from matplotlib.figure import Figure
+
+    import tnss
+    from benchmarks import REPOSITORY
+    from benchmarks.structure_search.problems import shared
+
+    tensor = shared("image_a")
+    result = tnss.search(tensor, tnss.Ring(7), tnss.Lagrangian(5.0), budget=tnss.Budget(12))
+    figure = Figure(figsize=(7, 3.9), layout="constrained")
+    best = result.best
+    panels = {
+        f"original, {tensor.numel()} numbers": tensor,
+        f"ring, {best.parameters} numbers, RSE {best.rse:.3f}": best.reconstruct(),
+    }
+    for axes, (title, panel) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        axes.imshow(panel.permute(*range(7, -1, -1)).reshape(256, 256).clamp(0, 1), cmap="gray", vmin=0, vmax=1)
+        axes.set_title(title, fontsize=9)
+        axes.axis("off")
+    figure.savefig(REPOSITORY / "docs" / "structure-search-image.png", dpi=100)
+    print(result.summary())

@@ -27,17 +27,18 @@ class BoundSearch:
     Attributes:
         cutoff: boxes whose bound is not below this are dropped; the caller lowers it to the best objective that
             a fit has reached. Whatever is dropped cannot beat that fit.
-        nodes: boxes evaluated so far.
+        nodes: boxes evaluated so far, a box of a ring of order 8 being 1 and others as their work is to that.
     """
 
     def __init__(self, domain: Domain, spectrum: Spectrum, objective: Objective) -> None:
         self.domain, self.spectrum, self.objective = domain, spectrum, objective
         self.entries = int(np.prod(domain.sizes))
         self.cutoff = float("inf")
-        self.nodes = 0
+        self.nodes = 0.0
         self._skeletons = domain.skeletons
         self._masks, self._cut = spectrum.vertex_cuts(domain.slots)
         edges = self._skeletons.edges
+        self._weight = max(1.0, len(self._masks) * edges.shape[1] / (127 * 8))
         if self._skeletons.exact:
             self._low, self._high = np.array(domain.lower[: domain.ranks]), np.array(domain.upper[: domain.ranks])
         else:
@@ -71,7 +72,7 @@ class BoundSearch:
         self._open_roots()
         return self._heap[0][0] if self._heap else float("inf")
 
-    def next(self, nodes: int) -> Point | None:
+    def next(self, nodes: float) -> Point | None:
         """The structure with the next lowest bound below the cutoff.
 
         Args:
@@ -162,7 +163,7 @@ class BoundSearch:
 
     def _push(self, graph: np.ndarray, low: np.ndarray, high: np.ndarray, parent: np.ndarray) -> None:
         """Tighten boxes as far as the cutoff allows, evaluate them, and queue those below it."""
-        self.nodes += len(graph)
+        self.nodes += len(graph) * self._weight
         edges = self._skeletons.edges[graph]
         crossed = crossing(self._masks, edges)
         if np.isfinite(self.cutoff):
