@@ -28,7 +28,7 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from tnl.models import TnlConfig
+from tnl.models import TnlForCausalLM
 from tnl.training.config import EvaluationSettings
 from tnl.training.data import IGNORED, TokenStore, TokenWriter, batched, read_documents
 from tnl.training.model import choose_device, load_model
@@ -125,7 +125,7 @@ def document_nats(
     """
     nats = np.zeros(len(store))
     order = np.argsort(store.lengths, kind="stable")[::-1]
-    carries_state = model.config.model_type == TnlConfig.model_type
+    carries_state = isinstance(model, TnlForCausalLM)
     fresh = window if carries_state else max(1, window // 2)  # tokens that each window adds
     for first in range(0, len(order), batch_size):
         documents = order[first : first + batch_size]
