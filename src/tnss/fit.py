@@ -199,13 +199,13 @@ class Fitter:
         if warm is not None:
             restarts = (restarts + 1) // 2  # the neighbour's cores are worth some cold starts
             starts.append(
-                _Start(index, False, False, [core.to(self.tensor) for core in _to_positions(warm, layout, own)])
+                _Start(index, False, False, [core.to(self.tensor.dtype) for core in _to_positions(warm, layout, own)])
             )
         for restart in range(restarts):
             generator = torch.Generator().manual_seed((request.seed * 1_000_003 + restart) % 2**63)
             noise = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in own.shapes]
             grown = restart == 1
-            starts.append(_Start(index, grown, not grown, [core.to(self.tensor) for core in noise]))
+            starts.append(_Start(index, grown, not grown, [core.to(self.tensor.dtype) for core in noise]))
         return starts
 
     def _run(self, plan: Plan, starts: list[_Start], requests: list[FitRequest], layouts: list[_Layout]) -> None:
@@ -239,7 +239,8 @@ class _Race:
         self.ridge = annealed.to(fitter.tensor.dtype)
         self.growing = max((max(r, default=1) for r, s in zip(own_ranks, starts, strict=True) if s.grown), default=1)
         self.noise = [
-            torch.stack([_pad(start.cores[v], shape) for start in starts]) for v, shape in enumerate(plan.shapes)
+            torch.stack([_pad(start.cores[v], shape) for start in starts]).to(device)
+            for v, shape in enumerate(plan.shapes)
         ]
         self.cores = [core * self._mask(v, 1) for v, core in enumerate(self.noise)]
         orders = [layouts[start.request].order for start in starts]
@@ -331,6 +332,7 @@ class _Race:
         cores = [core[index] for core in self.previous]
         weights = None if self.weights is None else self.weights[index]
         exact = self.plan.squared_error(self.data[index], cores, weights) / self.fitter.norm
+        cores = [core.to("cpu") for core in cores]  # in one piece, not a core at a time
         for row, (slot, rse) in enumerate(zip(done, exact.tolist(), strict=True)):
             self.active[slot].rse = rse
             self.active[slot].cores = [core[row] for core in cores]
