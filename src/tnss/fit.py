@@ -237,7 +237,10 @@ class _Race:
         # loops make bad minima, so the more edges at a vertex the slower
         self.cooling = 0.8 if max(map(len, plan.template.incident)) <= 2 else 0.9
         self.ridge = annealed.to(fitter.tensor.dtype)
-        self.growing = max((max(r, default=1) for r, s in zip(own_ranks, starts, strict=True) if s.grown), default=1)
+        # the level at which each request's growth ends: its own, whatever else is in the batch
+        self.levels = dict.fromkeys((start.request for start in starts), 1)
+        self.levels |= {s.request: max(r, default=1) for r, s in zip(own_ranks, starts, strict=True) if s.grown}
+        self.growing = max(self.levels.values())
         self.noise = [
             torch.stack([_pad(start.cores[v], shape) for start in starts]).to(device)
             for v, shape in enumerate(plan.shapes)
@@ -294,7 +297,8 @@ class _Race:
         """Open the next slice of every bond of the grown starts with a little noise."""
         for v, core in enumerate(self.cores):
             fresh = self._mask(v, level + 1) & ~self._mask(v, level) & self.grown.reshape(-1, *[1] * (core.ndim - 1))
-            scale = core.flatten(1).norm(dim=1) / (core[0].numel() ** 0.5)
+            entries = self._mask(v, self.growing).expand_as(core).flatten(1).sum(1)  # without the padding
+            scale = core.flatten(1).norm(dim=1) / entries.sqrt()
             self.cores[v] = core + 0.3 * scale.reshape(-1, *[1] * (core.ndim - 1)) * self.noise[v] * fresh
 
     def _leave(self, sweep: int, errors: list[float]) -> None:
@@ -303,8 +307,9 @@ class _Race:
             start.history.append(rse)
             self.best[start.request] = min(self.best[start.request], rse)
         cooled = math.log(ANNEALED_TO) / math.log(self.cooling)
-        ready = sweep >= max(cooled, GROWTH_SWEEPS * self.growing) + self.settings.check_every
         for slot, start in enumerate(self.active):
+            grown = GROWTH_SWEEPS * self.levels[start.request]
+            ready = sweep >= max(cooled, grown) + self.settings.check_every
             if self._is_done(start, sweep, ready):
                 start.sweeps = sweep
                 done.append(slot)

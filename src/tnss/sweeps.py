@@ -224,7 +224,8 @@ def _tree_cost(node: _Node) -> tuple[int, float]:
 def _regularised_solve(gram: torch.Tensor, right: torch.Tensor, ridge: torch.Tensor | None) -> torch.Tensor:
     """Solve ``(gram + ridge) core = right``; rows that are zero (padding) give exactly zero."""
     diagonal = gram.diagonal(dim1=1, dim2=2)
-    mean = diagonal.mean(1, keepdim=True).clamp_min(torch.finfo(gram.dtype).tiny)
+    filled = (diagonal != 0).sum(1, keepdim=True).clamp_min(1)  # padding must not thin the mean out
+    mean = (diagonal.sum(1, keepdim=True) / filled).clamp_min(torch.finfo(gram.dtype).tiny)
     smallest = max(RIDGE, 10 * torch.finfo(gram.dtype).eps)
     added = smallest if ridge is None else ridge.clamp_min(smallest)[:, None]
     shifted = gram.clone()

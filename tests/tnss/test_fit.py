@@ -61,7 +61,7 @@ def test_batched_is_serial() -> None:
     """Different ranks, orders and graphs in one call give what each gives alone."""
     generator = np.random.default_rng(7)
     tensor = planted_ring(*A6A, noise=0.05)
-    settings = ALS(restarts=2, sweeps=60, polish=0)
+    settings = ALS(restarts=2, polish=0)
     structures = [
         ring_structure((3,) * 6, tuple(generator.permutation(6).tolist()), tuple(generator.integers(1, 5, 6).tolist()))
         for _ in range(8)
