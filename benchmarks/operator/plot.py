@@ -1,4 +1,4 @@
-"""Draw time and memory against length from a CSV of results: `python -m benchmarks.operator.plot FILE.csv`."""
+"""Draw time and memory against length from a CSV: `python -m benchmarks.operator.plot FILE.csv PLOT.png [CASE]`."""
 
 import csv
 import sys
@@ -10,8 +10,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
-def plot(path: Path, case: str = "many-heads") -> Path:
-    """Time a token forward and backward, and extra memory, of every implementation of a case; beside the CSV."""
+def plot(path: Path, output: Path, case: str = "many-heads") -> None:
+    """Time a token forward and backward, and extra memory, of every implementation of a case."""
     with path.open() as file:
         rows = [row for row in csv.DictReader(file) if row["case"] == case and row["ms"]]
     panels = [("forward", "ns a token forward"), ("backward", "ns a token backward"), ("memory", "extra memory, GB")]
@@ -35,10 +35,8 @@ def plot(path: Path, case: str = "many-heads") -> Path:
     axes[0][0].legend(fontsize=8)
     figure.suptitle(f"{rows[0]['device']}, {rows[0]['dtype']}, D = {rows[0]['D']}")
     figure.tight_layout()
-    output = path.with_name(f"{path.stem}-{case}.png")
     figure.savefig(output, dpi=110)
-    return output
 
 
 if __name__ == "__main__":
-    print(plot(Path(sys.argv[1]), *sys.argv[2:]))
+    plot(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
