@@ -8,13 +8,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
 
-CONFIG = {
+from tnl.models import TnlConfig, TnlForCausalLM
+from tnl.training.config import ParallelSettings
+from tnl.training.parallel import Ranks, lay_out
+
+CONFIG: dict[str, Any] = {
     "model": {
         "name": "tiny",
         "overrides": {
@@ -127,3 +133,23 @@ def workers_of(launcher: int) -> list[int]:
     """Process ids of the children of torchrun that run the training."""
     children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
     return [int(c) for c in children if b"train" in Path(f"/proc/{c}/cmdline").read_bytes()]
+
+
+def test_sharded_bfloat16_leaves_decays_and_angles_in_float32(tmp_path: Path) -> None:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        ranks = Ranks(rank=0, size=1, device=torch.device("cpu"), mesh=init_device_mesh("cpu", (1,)))
+        model = TnlForCausalLM(TnlConfig.from_preset("tiny", **CONFIG["model"]["overrides"]))
+        lay_out(model, ParallelSettings(precision="bfloat16"), ranks)
+        seen = {}
+        for name, module in model.named_modules():
+            if name.endswith((".lrpe", ".qkvu_proj")):
+                module.register_forward_pre_hook(
+                    lambda module, _, name=name: seen.update({name: next(module.parameters()).dtype})
+                )
+        model(torch.randint(0, 256, (1, 16)), labels=torch.randint(0, 256, (1, 16))).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert {dtype for name, dtype in seen.items() if name.endswith(".lrpe")} == {torch.float32}
+    assert {dtype for name, dtype in seen.items() if name.endswith("_proj")} == {torch.bfloat16}

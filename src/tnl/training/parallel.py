@@ -7,7 +7,7 @@ Started alone, the same code runs in one process. The backend is NCCL on GPUs an
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed
@@ -100,6 +100,13 @@ def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
+def exact_modules_of(model: PreTrainedModel) -> list[nn.Module]:
+    """Modules with a parameter that 16 bits would spoil, as the model's class names them for loading."""
+    endings = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    owners = (name.rpartition(".")[0] for name, _ in model.named_parameters() if endings and name.endswith(endings))
+    return [model.get_submodule(owner) for owner in owners]
+
+
 def lay_out(model: PreTrainedModel, settings: ParallelSettings, ranks: Ranks) -> None:
     """Apply activation checkpointing, compilation and sharding to the model, in place."""
     blocks = blocks_of(model)
@@ -110,7 +117,10 @@ def lay_out(model: PreTrainedModel, settings: ParallelSettings, ranks: Ranks) ->
             block.compile()
     if ranks.mesh is not None:
         dtype = getattr(torch, settings.precision)
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        # Activations have the dtype of the embedding; what else goes into a block in float32, as decays do, stays.
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for module in exact_modules_of(model):
+            fully_shard(module, mesh=ranks.mesh, mp_policy=replace(policy, param_dtype=None))
         for module in (*blocks, model):
             fully_shard(module, mesh=ranks.mesh, mp_policy=policy)
 
