@@ -96,7 +96,7 @@ def evaluations_until(result: tnss.Result, objective: float) -> int | None:
 
 
 def fidelity(seed: int) -> Iterator[Row]:
-    """TnALE by the book: no bound, no memory of fits, radius 2 then 1, initial phase of two rounds, two restarts."""
+    """TnALE by the book: no bound, no memory of fits, radius 2 then 1, initial phase of two rounds."""
     control = tnss.Control(bound=False, reuse=False, target=0.17285)
     options = tnss.TnALEOptions(initial_radius=2, radius=1, initial_rounds=2)
     result, columns = searched(
@@ -104,7 +104,7 @@ def fidelity(seed: int) -> Iterator[Row]:
         tnss.Ring(7),
         tnss.Lagrangian(200.0),
         method=options,
-        fit=tnss.ALS(restarts=2, sweeps=100, polish=0),
+        fit=tnss.ALS(sweeps=150, polish=0),
         budget=tnss.Budget(2000),
         seed=seed,
         control=control,
