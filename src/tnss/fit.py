@@ -26,6 +26,7 @@ from tnss.warm import warm_cores
 BATCH_ENTRIES = {"cpu": 16_000_000, "cuda": 400_000_000}  # tensor entries times networks held at once
 STRIDE_LEAST, STRIDE_LIMIT, STRIDE_GROWTH = 0.05, 2.0, 1.1
 THREADED_ENTRIES = 1_000_000
+STIRRED = 1e-4  # of a core's norm
 MOST_LOOKS = 10.0
 ANNEALED_TO = 1e-3  # the ridge of random starts falls from 1 to this, then to nothing
 GROWTH_SWEEPS = 3  # sweeps at each rank while growing
@@ -274,10 +275,23 @@ class _Race:
             self._extrapolate(squared)
             self.ridge = self.ridge * self.cooling
             self.ridge[self.ridge < ANNEALED_TO] = 0.0
+            if bool((self.ridge > 0).any()):
+                self._stir()
             if self.growing > 1 and sweep % GROWTH_SWEEPS == 0 and sweep // GROWTH_SWEEPS < self.growing:
                 self._grow(sweep // GROWTH_SWEEPS)
             if sweep % self.settings.check_every == 0 or sweep >= self.settings.sweeps:
                 self._leave(sweep, (squared / self.fitter.norm).tolist())
+
+    def _stir(self) -> None:
+        """Add a little of the start's own noise to the starts under a ridge.
+
+        A strong ridge shrinks all but the leading components towards 0. Without this their sizes, and so the minimum
+        they later grow into, would be rounding error: another one on every machine and in every batch.
+        """
+        for v, core in enumerate(self.cores):
+            shape = (-1, *[1] * (core.ndim - 1))
+            scale = STIRRED * core.flatten(1).norm(dim=1) / self.noise[v].flatten(1).norm(dim=1)
+            self.cores[v] = core + (scale * (self.ridge > 0)).reshape(shape) * self.noise[v]
 
     def _extrapolate(self, squared: torch.Tensor) -> None:
         """Step on along the last change of the cores, further while that helps (a start at a time).
