@@ -43,9 +43,9 @@ def choose_tiles(
 
     ``exact`` float32 products run outside the matrix units; their tiles are small, since the loops are unrolled.
 
-    Measured on an H100: four stages of 64 tokens and 64 columns leave room for one program on a multiprocessor, which
-    saturates its memory. Two stages leave room for two, which hide each other's start in short sequences (5 to 20 %
-    faster up to 1024 tokens, slower from 2048) and the arithmetic of a decay per token.
+    On an H100 four stages of 64 tokens and 64 columns leave room for one program on a multiprocessor, which saturates
+    its memory. Two stages leave room for two, which hide each other's start in short sequences and the arithmetic of a
+    decay per token.
     """
     padded = max(16, triton.next_power_of_2(rows))
     width = max(16, triton.next_power_of_2(columns))
