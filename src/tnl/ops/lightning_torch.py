@@ -197,9 +197,16 @@ def forward(
     cu_seqlens: Tensor | None,
     scale: float,
     return_final_state: bool = True,
+    transposed: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``(o, final_state)``, the state always there; shapes as in :func:`tnl.ops.lightning_attention`."""
-    return scan(q, k, v, log_decay, initial_state, cu_seqlens, scale)
+    """``(o, final_state)``, the state always there; shapes as in :func:`tnl.ops.lightning_attention`.
+
+    States are ``[N, Hq, E, D]`` where ``transposed``, here and in :func:`backward` and :func:`step`.
+    """
+    if initial_state is not None and transposed:
+        initial_state = initial_state.mT
+    o, final_state = scan(q, k, v, log_decay, initial_state, cu_seqlens, scale)
+    return o, final_state.mT.contiguous() if transposed else final_state
 
 
 def backward(
@@ -213,22 +220,26 @@ def backward(
     cu_seqlens: Tensor | None,
     scale: float,
     need_decay: bool,
+    transposed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """``(dq, dk, dv, dinitial_state, difference)`` from the gradients of ``o`` and of the final state.
 
     ``difference [B, T, Hq] = q . dq - k . dk``, from which the decay's gradient follows, is there on request only.
     """
-    transposed = None if initial_state is None else initial_state.mT
-    dtransposed = None if dfinal_state is None else dfinal_state.mT
+    state_ed = None if initial_state is None else initial_state if transposed else initial_state.mT
+    dstate_ed = None if dfinal_state is None else dfinal_state if transposed else dfinal_state.mT
+    dstate_de = None if dstate_ed is None else dstate_ed.mT
     heads, kv_heads = q.shape[2], k.shape[2]
-    dv, dinitial_state = scan(k, q, do, log_decay, dfinal_state, cu_seqlens, scale, True, kv_heads)
+    dv, dinitial_state = scan(k, q, do, log_decay, dstate_de, cu_seqlens, scale, True, kv_heads)
+    if transposed:
+        dinitial_state = dinitial_state.mT.contiguous()
     if not need_decay:
-        dq, _ = scan(do, v, k, log_decay, transposed, cu_seqlens, scale)
-        dk, _ = scan(v, do, q, log_decay, dtransposed, cu_seqlens, scale, True, kv_heads)
+        dq, _ = scan(do, v, k, log_decay, state_ed, cu_seqlens, scale)
+        dk, _ = scan(v, do, q, log_decay, dstate_ed, cu_seqlens, scale, True, kv_heads)
         return dq, dk, dv, dinitial_state, None
     work = torch.promote_types(q.dtype, torch.float32)
-    dq, _ = scan(do, v, k, log_decay, transposed, cu_seqlens, scale, output_dtype=work)
-    dk, _ = scan(v, do, q, log_decay, dtransposed, cu_seqlens, scale, True, heads, work)
+    dq, _ = scan(do, v, k, log_decay, state_ed, cu_seqlens, scale, output_dtype=work)
+    dk, _ = scan(v, do, q, log_decay, dstate_ed, cu_seqlens, scale, True, heads, work)
     difference = (q * dq).sum(-1) - (k.repeat_interleave(heads // kv_heads, dim=2) * dk).sum(-1)
     dk = dk.unflatten(2, (kv_heads, -1)).sum(3)
     return dq.to(q.dtype), dk.to(k.dtype), dv, dinitial_state, difference

@@ -281,7 +281,7 @@ def _locate(
 def _forward_kernel(
     Q, K, V, OUT, LOG_DECAY, INITIAL, FINAL, CU_SEQLENS, FLAGS,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
-    o_head, scale, T, Hq, group, sequences, segment, per_sequence, items, D, E,
+    o_head, scale, T, Hq, group, sequences, segment, per_sequence, items, D, E, state_row, state_column,
     DECAY: tl.constexpr, HAS_INITIAL: tl.constexpr, STORE_FINAL: tl.constexpr, PACKED: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -316,7 +316,7 @@ def _forward_kernel(
         FINAL + chain * D * E,
         FLAGS + 1 + chain * blocks + column_block,
         q_token, k_token, v_token, Hq * o_head, 0, Hq, 0,
-        E, 1, rate, scale, begin, end, index, is_last, D, E, column_block,
+        state_row, state_column, rate, scale, begin, end, index, is_last, D, E, column_block,
         False, DECAY, HAS_INITIAL, STORE_FINAL, SPLIT, False,
         BLOCK_T, BLOCK_D, BLOCK_C, PRECISION,
     )  # fmt: skip
@@ -326,7 +326,8 @@ def _forward_kernel(
 def _backward_kernel(
     Q, K, V, DO, DQ, DK, DV, DIFFERENCE, LOG_DECAY, INITIAL, DFINAL, DQ_STATE, DK_STATE, DINITIAL, CU_SEQLENS, FLAGS,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, do_batch, do_token, do_head,
-    dk_head, dv_head, scale, T, Hq, group, sequences, segment, per_sequence, items, D, E, difference_block,
+    dk_head, dv_head, scale, T, Hq, group, sequences, segment, per_sequence, items, D, E, state_row, state_column,
+    difference_block,
     DECAY: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_DFINAL: tl.constexpr, STORE_DINITIAL: tl.constexpr,
     NEED_DIFFERENCE: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -371,7 +372,7 @@ def _backward_kernel(
             V, DO, Q, DK + token * dk_head, DIFFERENCE + token + (column_block + d_blocks) * difference_block, K,
             LOG_DECAY, DFINAL + chain * D * E, DK_STATE + chain * D * E, FLAGS,
             v_token, do_token, q_token, Hq * dk_head, k_token, Hq, Hq,
-            1, E, rate, scale, begin, end, index, is_last, E, D, column_block,
+            state_column, state_row, rate, scale, begin, end, index, is_last, E, D, column_block,
             True, DECAY, HAS_DFINAL, False, SPLIT, NEED_DIFFERENCE,
             BLOCK_T, BLOCK_E, BLOCK_C, PRECISION,
         )  # fmt: skip
@@ -380,7 +381,7 @@ def _backward_kernel(
             K, Q, DO, DV + token * dv_head, DIFFERENCE, K,
             LOG_DECAY, DFINAL + chain * D * E, DINITIAL + chain * D * E, FLAGS,
             k_token, q_token, do_token, Hq * dv_head, k_token, Hq, Hq,
-            E, 1, rate, scale, begin, end, index, is_last, D, E, column_block - d_blocks,
+            state_row, state_column, rate, scale, begin, end, index, is_last, D, E, column_block - d_blocks,
             True, DECAY, HAS_DFINAL, STORE_DINITIAL, SPLIT, False,
             BLOCK_T, BLOCK_D, BLOCK_C, PRECISION,
         )  # fmt: skip
@@ -390,7 +391,7 @@ def _backward_kernel(
             DIFFERENCE + token + (column_block - d_blocks - e_blocks) * difference_block, Q,
             LOG_DECAY, INITIAL + chain * D * E, DQ_STATE + chain * D * E, FLAGS,
             do_token, v_token, k_token, Hq * dk_head, q_token, Hq, Hq,
-            1, E, rate, scale, begin, end, index, is_last, E, D, column_block - d_blocks - e_blocks,
+            state_column, state_row, rate, scale, begin, end, index, is_last, E, D, column_block - d_blocks - e_blocks,
             False, DECAY, HAS_INITIAL, False, SPLIT, NEED_DIFFERENCE,
             BLOCK_T, BLOCK_E, BLOCK_C, PRECISION,
         )  # fmt: skip
@@ -494,6 +495,17 @@ def _new_tokens(q: Tensor, width: int) -> Tensor:
     return padded if width % unit == 0 else padded[..., :width]
 
 
+def _new_states(sequences: int, q: Tensor, E: int, transposed: bool) -> Tensor:
+    heads, D = q.shape[2:]
+    shape = (sequences, heads, E, D) if transposed else (sequences, heads, D, E)
+    return torch.empty(shape, dtype=torch.float32, device=q.device)
+
+
+def _state_strides(D: int, E: int, transposed: bool) -> tuple[int, int]:
+    """Of a row (along D) and of a column (along E) of one head's state."""
+    return (1, D) if transposed else (E, 1)
+
+
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
@@ -507,8 +519,9 @@ def forward(
     cu_seqlens: Tensor | None,
     scale: float,
     return_final_state: bool,
+    transposed: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """``(o, final_state)``; shapes as in :func:`tnl.ops.lightning_attention`."""
+    """``(o, final_state)``; shapes as in :func:`tnl.ops.lightning_attention`, states ``[.., E, D]`` if transposed."""
     tokens, heads, D = q.shape[1:]
     E = v.shape[-1]
     log_decay, decay = _decay_form(log_decay)
@@ -520,7 +533,7 @@ def forward(
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     final_state = flags = None
     if return_final_state or cut.split:
-        final_state = torch.empty(cut.sequences, heads, D, E, dtype=torch.float32, device=q.device)
+        final_state = _new_states(cut.sequences, q, E, transposed)
     if cut.split:
         flags = torch.zeros(1 + cut.sequences * heads * blocks, dtype=torch.int32, device=q.device)
     initial_state = None if initial_state is None else initial_state.contiguous()
@@ -529,6 +542,7 @@ def forward(
         q, k, v, o, _or(log_decay, o), _or(initial_state, o), _or(final_state, o), _or(cu_seqlens, o), _or(flags, o),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], o.stride(2),
         scale, tokens, heads, heads // k.shape[2], cut.sequences, cut.segment, cut.per_sequence, cut.items, D, E,
+        *_state_strides(D, E, transposed),
         DECAY=decay, HAS_INITIAL=initial_state is not None, STORE_FINAL=return_final_state,
         PACKED=cut.packed, SPLIT=cut.split, BLOCK_T=tiles.tokens, BLOCK_D=_padded(D), BLOCK_C=tiles.columns,
         PRECISION=precision,
@@ -548,6 +562,7 @@ def backward(
     cu_seqlens: Tensor | None,
     scale: float,
     need_decay: bool,
+    transposed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """``(dq, dk, dv, dinitial_state, difference)``, as :func:`tnl.ops.lightning_torch.backward`."""
     batch, tokens, heads, D = q.shape
@@ -564,7 +579,7 @@ def backward(
     flags = difference = None
     for i in range(3):
         if cut.split or (i == 2 and initial_state is not None):
-            states[i] = torch.empty(cut.sequences, heads, D, E, dtype=torch.float32, device=q.device)
+            states[i] = _new_states(cut.sequences, q, E, transposed)
     if cut.split:
         flags = torch.zeros(1 + cut.sequences * heads * blocks, dtype=torch.int32, device=q.device)
     if need_decay:
@@ -576,7 +591,8 @@ def backward(
         _or(dfinal_state, dq), *(_or(state, dq) for state in states), _or(cu_seqlens, dq), _or(flags, dq),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
         dk.stride(2), dv.stride(2), scale, tokens, heads, heads // kv_heads,
-        cut.sequences, cut.segment, cut.per_sequence, cut.items, D, E, batch * tokens * heads,
+        cut.sequences, cut.segment, cut.per_sequence, cut.items, D, E,
+        *_state_strides(D, E, transposed), batch * tokens * heads,
         DECAY=decay, HAS_INITIAL=initial_state is not None, HAS_DFINAL=dfinal_state is not None,
         STORE_DINITIAL=initial_state is not None, NEED_DIFFERENCE=need_decay,
         PACKED=cut.packed, SPLIT=cut.split, BLOCK_T=tiles.tokens,
