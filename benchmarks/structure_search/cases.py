@@ -1,6 +1,7 @@
 """The cases: each yields rows; the runner adds machine and versions and writes one CSV a case as rows come."""
 
 import csv
+import dataclasses
 import os
 import platform
 import statistics
@@ -288,8 +289,8 @@ def gpu(seed: int) -> Iterator[Row]:
         order, ranks = generator.permutation(8).tolist(), generator.integers(3, 8, 8).tolist()
         structure = tnss.Structure(tensor.shape, [(order[i - 1], order[i], ranks[i]) for i in range(8)])
         requests.append(tnss.FitRequest(structure, index))
-    settings = {"restarts": 1, "sweeps": 60, "progress": 0.0, "racing": False, "polish": 0}
-    on_gpu = tnss.Fitter(tensor, tnss.ALS(device="cuda", **settings))
+    settings = tnss.ALS(restarts=1, sweeps=60, progress=0.0, racing=False, polish=0)
+    on_gpu = tnss.Fitter(tensor, dataclasses.replace(settings, device="cuda"))
     on_gpu.fit(requests[:50])
     torch.cuda.synchronize()
     began = time.perf_counter()
@@ -297,7 +298,7 @@ def gpu(seed: int) -> Iterator[Row]:
     torch.cuda.synchronize()
     gpu_seconds = time.perf_counter() - began
     sample = requests[:40]
-    on_cpu = tnss.Fitter(tensor, tnss.ALS(**settings))
+    on_cpu = tnss.Fitter(tensor, settings)
     on_cpu.fit(sample[:1])
     began = time.perf_counter()
     slow = [on_cpu.fit([request])[0] for request in sample]
@@ -308,7 +309,7 @@ def gpu(seed: int) -> Iterator[Row]:
     difference = [abs(a.rse - b.rse) / b.rse for a, b in zip(fast, slow, strict=False)]
     yield {
         "structures": len(requests),
-        "sweeps": 60,
+        "sweeps": settings.sweeps,
         "gpu_seconds": gpu_seconds,
         "gpu_seconds_each": gpu_seconds / len(requests),
         "cpu_core_seconds_each": cpu_seconds,

@@ -3,10 +3,10 @@
 import time
 from dataclasses import dataclass
 
+import opt_einsum
 import torch
 
 from tnss import Structure
-from tnss.network import contract_cores
 from tnss.sweeps import Plan, Template
 
 
@@ -21,6 +21,7 @@ def adam(
     data = tensor.to(torch.float32)
     data = data / data.square().mean().sqrt()
     norm = data.square().sum()
+    contract = opt_einsum.contract_expression(structure.einsum(), *structure.core_shapes)
     best, made = float("inf"), 0
     for restart in range(restarts):
         generator = torch.Generator().manual_seed(1000 * seed + restart)
@@ -28,7 +29,7 @@ def adam(
         optimiser = torch.optim.Adam(cores, lr=1e-3)
         for _ in range(steps):
             optimiser.zero_grad()
-            loss = (contract_cores(structure, cores) - data).square().sum() / norm
+            loss = (contract(*cores) - data).square().sum() / norm
             loss.backward()
             optimiser.step()
             made += 1

@@ -1,8 +1,9 @@
-"""Contraction of small batched networks with torch: one path per shape, each step one ``bmm``.
+"""Contraction of small batched networks: one path per shape, each step one batched matrix product.
 
-Every operand has a leading batch axis that is carried along; the other axes are named by integers. An index that
-two operands share is summed. That is all a tensor network without hyper-edges needs, and it costs far less per
-call than a general einsum, which matters for networks of a few hundred entries.
+Every operand has a leading batch axis that is carried along (of length 1 where all networks of the batch share it);
+the other axes are named by integers. An index that two operands share is summed. That is all a tensor network
+without hyper-edges needs, and it costs far less per call than a general einsum, which matters for networks of a few
+hundred entries. Operands are NumPy arrays or PyTorch tensors.
 """
 
 from __future__ import annotations
@@ -13,43 +14,55 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import opt_einsum
-import torch
+
+from tnss.arrays import Array, permuted
 
 Indices = tuple[int, ...]
 
 
 @dataclass(frozen=True)
+class _Matrix:
+    """How an operand is read as a matrix: axes to permute first (None: none), its shape, whether transposed."""
+
+    axes: tuple[int, ...] | None
+    shape: tuple[int, int]
+    transposed: bool
+
+    def __call__(self, operand: Array) -> Array:
+        if self.axes is not None:
+            operand = permuted(operand, self.axes)
+        matrix = operand.reshape(operand.shape[0], *self.shape)
+        return matrix.swapaxes(1, 2) if self.transposed else matrix
+
+
+@dataclass(frozen=True)
 class _Step:
-    """One pair: positions in the operand list, axis orders that bring both to matrices, axes kept of each."""
+    """One pair: positions in the operand list, both as matrices, sizes of the result."""
 
     first: int
     second: int
-    first_axes: tuple[int, ...]
-    second_axes: tuple[int, ...]
-    first_kept: int
-    second_shared: int
+    left: _Matrix
+    right: _Matrix
+    result: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Contraction:
-    """A compiled contraction of operands with fixed indices; sizes may differ from call to call."""
+    """A compiled contraction of operands with fixed indices and sizes."""
 
     steps: tuple[_Step, ...]
     final_axes: tuple[int, ...]
     flops: float
     peak: float
 
-    def __call__(self, operands: Sequence[torch.Tensor]) -> torch.Tensor:
+    def __call__(self, operands: Sequence[Array]) -> Array:
         """Contract ``operands`` (each ``[batch, ...]``); the result is ``[batch, ...]`` in the output's order."""
         stack = list(operands)
         for step in self.steps:
             second, first = stack.pop(step.second), stack.pop(step.first)
-            first, second = first.permute(step.first_axes), second.permute(step.second_axes)
-            kept, open_ = first.shape[: step.first_kept], second.shape[step.second_shared :]
-            left = first.reshape(kept[0], math.prod(kept[1:]), -1)
-            right = second.reshape(kept[0], left.shape[2], -1)
-            stack.append(torch.bmm(left, right).reshape(kept + open_))
-        return stack[0].permute(self.final_axes)
+            product = step.left(first) @ step.right(second)
+            stack.append(product.reshape(product.shape[0], *step.result))
+        return permuted(stack[0], self.final_axes)
 
 
 @lru_cache(maxsize=100_000)
@@ -61,7 +74,7 @@ def compile_contraction(
     Args:
         inputs: the indices of each operand; an index occurs in at most two operands, or in one and in the output.
         output: the indices of the result, in order.
-        sizes: ``(index, size)`` pairs that the path is optimised for.
+        sizes: ``(index, size)`` pairs.
     """
     size = dict(sizes)
     terms = [frozenset(indices) for indices in inputs]
@@ -74,22 +87,33 @@ def compile_contraction(
     for pair in path:
         i, j = sorted(pair)
         second, first = stack.pop(j), stack.pop(i)
-        shared = [index for index in first if index in second]
-        kept = [index for index in first if index not in shared]
-        open_ = [index for index in second if index not in shared]
-        steps.append(
-            _Step(
-                i,
-                j,
-                (0, *(first.index(index) + 1 for index in kept + shared)),
-                (0, *(second.index(index) + 1 for index in shared + open_)),
-                len(kept) + 1,
-                len(shared) + 1,
-            )
+        kept = tuple(index for index in first if index not in second)
+        open_ = tuple(index for index in second if index not in first)
+        left, right = min(
+            (
+                (_matrix(first, kept, shared, size), _matrix(second, shared, open_, size))
+                for shared in (_common(first, second), _common(second, first))
+            ),
+            key=lambda matrices: sum(m.shape[0] * m.shape[1] for m in matrices if m.axes is not None),
         )
-        result = tuple(kept + open_)
-        flops += 2.0 * math.prod(size[index] for index in (*result, *shared))
+        result = kept + open_
+        steps.append(_Step(i, j, left, right, tuple(size[index] for index in result)))
+        flops += 2.0 * math.prod(size[index] for index in {*first, *second})
         peak = max(peak, float(math.prod(size[index] for index in result)))
         stack.append(result)
     axes = (0, *(stack[0].index(index) + 1 for index in output))
     return Contraction(tuple(steps), axes, flops, peak)
+
+
+def _common(first: Indices, second: Indices) -> Indices:
+    return tuple(index for index in first if index in second)
+
+
+def _matrix(indices: Indices, rows: Indices, columns: Indices, size: dict[int, int]) -> _Matrix:
+    """``indices`` as a matrix; entries are moved only where neither it nor its transpose is there already."""
+    shape = math.prod(size[index] for index in rows), math.prod(size[index] for index in columns)
+    if indices == rows + columns:
+        return _Matrix(None, shape, False)
+    if indices == columns + rows:
+        return _Matrix(None, shape[::-1], True)
+    return _Matrix((0, *(indices.index(index) + 1 for index in rows + columns)), shape, False)

@@ -15,16 +15,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 
+from tnss.arrays import Array, Arrays, permuted
 from tnss.network import Network, ring_order
 from tnss.polish import polish
 from tnss.structure import Structure
-from tnss.sweeps import Plan, Template, balance, plan_for
+from tnss.sweeps import Plan, Template, plan_for
 from tnss.warm import warm_cores
 
 BATCH_ENTRIES = {"cpu": 16_000_000, "cuda": 400_000_000}  # tensor entries times networks held at once
-STRIDE_LEAST, STRIDE_LIMIT, STRIDE_GROWTH = 0.05, 2.0, 1.1
+FIRST_STRIDE, STRIDE_LEAST, STRIDE_LIMIT, STRIDE_GROWTH = 0.3, 0.05, 2.0, 1.1
+NUMPY_ENTRIES = 100_000  # tensors of up to this many entries are fitted in NumPy on a CPU
 THREADED_ENTRIES = 1_000_000
 STIRRED = 1e-4  # of a core's norm
 MOST_LOOKS = 10.0
@@ -120,19 +123,23 @@ class Fitter:
 
     def __init__(self, tensor: torch.Tensor, settings: ALS, weights: torch.Tensor | None = None) -> None:
         self.settings = settings
-        device, dtype = torch.device(settings.device), getattr(torch, settings.dtype)
-        self.weights = None if weights is None else weights.to(device, dtype)
-        self.tensor = tensor.to(device, dtype)
-        if self.weights is not None:
-            self.tensor = torch.where(self.weights > 0, self.tensor, torch.zeros_like(self.tensor))
-        squared = self.tensor.square()
+        device = torch.device(settings.device)
+        small = device.type == "cpu" and tensor.numel() <= NUMPY_ENTRIES
+        self.arrays = Arrays(None if small else device, settings.dtype)
+        if weights is not None:
+            tensor = torch.where(weights > 0, tensor, torch.zeros_like(tensor))
+        self.dense = tensor.to("cpu", torch.float64)
+        self.dense_weights = None if weights is None else weights.to("cpu", torch.float64)
+        self.tensor = self.arrays.array(self.dense)
+        self.weights = None if self.dense_weights is None else self.arrays.array(self.dense_weights)
+        squared = self.tensor**2
         self.norm = float((squared if self.weights is None else self.weights * squared).sum())
 
     def fit(self, requests: Sequence[FitRequest]) -> list[Network]:
         """Fit every request; results in the order of the requests."""
         layouts = [_layout(request.structure) for request in requests]
         results: list[Network | None] = [None] * len(requests)
-        with torch.inference_mode(), _few_threads(self.tensor.numel()):
+        with torch.inference_mode(), _few_threads(self.dense.numel()):
             for members in self._batches(layouts):
                 fitted = self._fit_batch([requests[i] for i in members], [layouts[i] for i in members])
                 for i, network in zip(members, fitted, strict=True):
@@ -142,7 +149,7 @@ class Fitter:
     def _batches(self, layouts: list[_Layout]) -> list[list[int]]:
         """Group requests of one template whose padding does not cost more than their own work again."""
         limit = BATCH_ENTRIES.get(torch.device(self.settings.device).type, BATCH_ENTRIES["cpu"])
-        most = max(1, limit // (self.tensor.numel() * (self.settings.restarts + 1)))
+        most = max(1, limit // (self.dense.numel() * (self.settings.restarts + 1)))
         waste = 1.5 if self.settings.device == "cpu" else 4.0
         batches: list[list[int]] = []
         order = sorted(range(len(layouts)), key=lambda i: (repr(layouts[i].template), layouts[i].ranks, i))
@@ -175,12 +182,12 @@ class Fitter:
             own = [start for start in starts if start.request == i]
             best = min(own, key=lambda start: start.rse)
             converged = not all(start.dropped for start in own)
-            cores = _to_structure(best.cores, layout, request.structure)
-            rse = best.rse
+            cores, rse = _cropped(best.cores, layout), best.rse
             if self._worth_polishing(request, rse, converged):
-                cores, rse = polish(self.tensor, request.structure, cores, self.weights, self.settings.tolerance)
+                cores, rse = self._polished(layout, cores)
             sweeps = sum(start.sweeps for start in own)
-            results.append(Network(request.structure, cores, rse, len(own), sweeps, converged=converged))
+            placed = _to_structure(cores, layout, request.structure)
+            results.append(Network(request.structure, placed, rse, len(own), sweeps, converged=converged))
         seconds = (time.perf_counter() - began) / len(results)
         return [replace(network, seconds=seconds) for network in results]
 
@@ -188,6 +195,17 @@ class Fitter:
         parameters = request.structure.parameters
         small = parameters <= self.settings.polish and parameters * request.structure.entries <= 4_000_000
         return small and converged and rse > self.settings.tolerance and self.settings.dtype == "float64"
+
+    def _polished(self, layout: _Layout, cores: list[torch.Tensor]) -> tuple[list[torch.Tensor], float]:
+        plan = plan_for(layout.template, layout.ranks)
+        modes = [v for v in layout.order if v < self.dense.ndim]
+        data = self.dense.permute(modes).reshape(layout.template.sizes).numpy()
+        root = None
+        if self.dense_weights is not None:
+            root = self.dense_weights.permute(modes).sqrt().reshape(layout.template.sizes).numpy()
+        flat = torch.cat([core.flatten() for core in cores]).numpy()[None]
+        flat, error = polish(data, plan, flat, root, self.settings.tolerance * self.norm)
+        return [torch.from_numpy(core[0]) for core in plan.split(flat)], error / self.norm
 
     def _starts(self, index: int, request: FitRequest, layout: _Layout) -> list[_Start]:
         starts = []
@@ -199,20 +217,18 @@ class Fitter:
             warm = warm_cores(request.parent, request.structure, generator)
         if warm is not None:
             restarts = (restarts + 1) // 2  # the neighbour's cores are worth some cold starts
-            starts.append(
-                _Start(index, False, False, [core.to(self.tensor.dtype) for core in _to_positions(warm, layout, own)])
-            )
+            starts.append(_Start(index, False, False, _to_positions(warm, layout, own)))
         for restart in range(restarts):
             generator = torch.Generator().manual_seed((request.seed * 1_000_003 + restart) % 2**63)
             noise = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in own.shapes]
             grown = restart == 1
-            starts.append(_Start(index, grown, not grown, [core.to(self.tensor.dtype) for core in noise]))
+            starts.append(_Start(index, grown, not grown, noise))
         return starts
 
     def _run(self, plan: Plan, starts: list[_Start], requests: list[FitRequest], layouts: list[_Layout]) -> None:
         """Sweep all starts until each has converged, is exact, or was dropped; fills them in."""
         limit = BATCH_ENTRIES.get(torch.device(self.settings.device).type, BATCH_ENTRIES["cpu"])
-        most = max(1, limit // self.tensor.numel())
+        most = max(1, limit // self.dense.numel())
         for first in range(0, len(starts), most):
             _Race(self, plan, starts[first : first + most], requests, layouts).run()
 
@@ -229,91 +245,98 @@ class _Race:
         layouts: list[_Layout],
     ) -> None:
         self.fitter, self.plan, self.settings, self.requests = fitter, plan, fitter.settings, requests
-        self.active = starts
-        device = fitter.tensor.device
+        self.arrays, self.active = fitter.arrays, starts
         own_ranks = [layouts[start.request].ranks for start in starts]
-        self.ranks = torch.tensor(own_ranks, device=device).reshape(len(starts), -1)
-        self.grown = torch.tensor([start.grown for start in starts], device=device)
-        annealed = torch.tensor([start.annealed for start in starts], device=device)
+        self.ranks = np.array(own_ranks, dtype=np.int64).reshape(len(starts), -1)
+        self.grown = np.array([start.grown for start in starts])
         # loops make bad minima, so the more edges at a vertex the slower
         self.cooling = 0.8 if max(map(len, plan.template.incident)) <= 2 else 0.9
-        self.ridge = annealed.to(fitter.tensor.dtype)
+        self.ridge = self.arrays.array([float(start.annealed) for start in starts])
+        self.annealing = True
         # the level at which each request's growth ends: its own, whatever else is in the batch
         self.levels = dict.fromkeys((start.request for start in starts), 1)
         self.levels |= {s.request: max(r, default=1) for r, s in zip(own_ranks, starts, strict=True) if s.grown}
         self.growing = max(self.levels.values())
-        self.noise = [
-            torch.stack([_pad(start.cores[v], shape) for start in starts]).to(device)
-            for v, shape in enumerate(plan.shapes)
-        ]
-        self.cores = [core * self._mask(v, 1) for v, core in enumerate(self.noise)]
+        self.owner = self.arrays.array(plan.owner)
+        self.noise = self.arrays.array(_padded([start.cores for start in starts], plan))
+        self.flat = self.noise * self._mask(1)
+        self.cores = plan.split(self.flat)
         orders = [layouts[start.request].order for start in starts]
         self.data = _arranged(fitter.tensor, orders, plan.template.sizes)
         self.weights = None if fitter.weights is None else _arranged(fitter.weights, orders, plan.template.sizes)
-        self.previous = list(self.cores)
-        self.last = torch.full((len(starts),), float("inf"), dtype=fitter.tensor.dtype, device=device)
-        self.stride = torch.full_like(self.last, 0.3)
-        self.best = dict.fromkeys({start.request for start in starts}, float("inf"))
+        self.previous = self.flat + 0.0
+        self.last = self.arrays.array([math.inf] * len(starts))
+        self.stride = self.arrays.array([FIRST_STRIDE] * len(starts))
+        self.best = dict.fromkeys({start.request for start in starts}, math.inf)
 
-    def _mask(self, position: int, level: int) -> torch.Tensor:
-        """1 where all bond indices at a position are below the ranks active at a level of growth."""
-        shape = self.plan.shapes[position]
-        active = torch.where(self.grown[:, None], self.ranks.clamp_max(level), self.ranks)
-        mask = torch.ones((), device=self.ranks.device, dtype=torch.bool)
-        for axis, edge in enumerate(self.plan.template.incident[position]):
-            index = torch.arange(shape[axis], device=self.ranks.device)
-            below = index < active[:, edge, None]
-            mask = mask & below.reshape(len(below), *[1] * axis, -1, *[1] * (len(shape) - axis - 1))
-        return mask
+    def _mask(self, level: int) -> Array:
+        """1 where all bond indices of an entry are below the ranks active at a level of growth: [B, parameters]."""
+        active = np.where(self.grown[:, None], self.ranks.clip(max=level), self.ranks)
+        parts = []
+        for shape, edges in zip(self.plan.shapes, self.plan.template.incident, strict=True):
+            mask = np.ones((len(active), *shape), dtype=bool)
+            for axis, edge in enumerate(edges):
+                index = np.arange(shape[axis]).reshape(-1, *[1] * (len(shape) - axis - 1))
+                mask &= index < active[:, edge].reshape(-1, *[1] * len(shape))
+            parts.append(mask.reshape(len(active), -1))
+        return self.arrays.array(np.concatenate(parts, axis=1).astype(float))
 
     def run(self) -> None:
+        """Sweep until every start has left."""
         sweep = 0
         while self.active:
             sweep += 1
-            squared = self.plan.sweep(self.data, self.cores, self.weights, self.ridge)
-            balance(self.cores)
+            squared = self.plan.sweep(self.data, self.cores, self.fitter.norm, self.weights, self.ridge)
+            self._balance()
             self._extrapolate(squared)
-            self.ridge = self.ridge * self.cooling
-            self.ridge[self.ridge < ANNEALED_TO] = 0.0
-            if bool((self.ridge > 0).any()):
-                self._stir()
+            if self.annealing:
+                self._anneal(sweep)
             if self.growing > 1 and sweep % GROWTH_SWEEPS == 0 and sweep // GROWTH_SWEEPS < self.growing:
                 self._grow(sweep // GROWTH_SWEEPS)
             if sweep % self.settings.check_every == 0 or sweep >= self.settings.sweeps:
                 self._leave(sweep, (squared / self.fitter.norm).tolist())
 
-    def _stir(self) -> None:
-        """Add a little of the start's own noise to the starts under a ridge.
+    def _norms(self, flat: Array) -> Array:
+        """Norm of each core, [B, positions]."""
+        return self.arrays.np.sqrt((flat * flat) @ self.owner)
+
+    def _balance(self) -> None:
+        """Give all cores of a network the same norm, leaving the network unchanged."""
+        norms = self._norms(self.flat)
+        norms = norms + (norms == 0).any(1)[:, None]  # a network that is zero stays as it is, up to its scale
+        logs = self.arrays.np.log(norms)
+        self.flat *= self.arrays.np.exp(logs.mean(1)[:, None] - logs) @ self.owner.T
+
+    def _anneal(self, sweep: int) -> None:
+        """Lower the ridge, and stir a little of the start's own noise into the starts under it.
 
         A strong ridge shrinks all but the leading components towards 0. Without this their sizes, and so the minimum
         they later grow into, would be rounding error: another one on every machine and in every batch.
         """
-        for v, core in enumerate(self.cores):
-            shape = (-1, *[1] * (core.ndim - 1))
-            scale = STIRRED * core.flatten(1).norm(dim=1) / self.noise[v].flatten(1).norm(dim=1)
-            self.cores[v] = core + (scale * (self.ridge > 0)).reshape(shape) * self.noise[v]
+        self.annealing = self.cooling**sweep >= ANNEALED_TO
+        self.ridge *= self.cooling if self.annealing else 0.0
+        if self.annealing:
+            share = STIRRED * self._norms(self.flat) / self._norms(self.noise) * (self.ridge > 0)[:, None]
+            self.flat += share @ self.owner.T * self.noise
 
-    def _extrapolate(self, squared: torch.Tensor) -> None:
+    def _extrapolate(self, squared: Array) -> None:
         """Step on along the last change of the cores, further while that helps (a start at a time).
 
         The next sweep replaces the first core from the others, so a step too far costs one sweep, never a core.
         """
         better = (squared <= self.last) & (self.ridge == 0)
-        self.stride = torch.where(
-            better, (self.stride * STRIDE_GROWTH).clamp_max(STRIDE_LIMIT), (0.3 * self.stride).clamp_min(STRIDE_LEAST)
-        )
-        previous, self.previous, self.last = self.previous, list(self.cores), squared
-        step = torch.where(better, self.stride, torch.zeros_like(self.stride))
-        for v, core in enumerate(self.cores):
-            self.cores[v] = core + step.reshape(-1, *[1] * (core.ndim - 1)) * (core - previous[v])
+        longer = (self.stride * STRIDE_GROWTH).clip(None, STRIDE_LIMIT)
+        shorter = (self.stride * FIRST_STRIDE).clip(STRIDE_LEAST)
+        self.stride = self.arrays.np.where(better, longer, shorter)
+        previous, self.previous, self.last = self.previous, self.flat + 0.0, squared
+        self.flat += (self.stride * better)[:, None] * (self.flat - previous)
 
     def _grow(self, level: int) -> None:
         """Open the next slice of every bond of the grown starts with a little noise."""
-        for v, core in enumerate(self.cores):
-            fresh = self._mask(v, level + 1) & ~self._mask(v, level) & self.grown.reshape(-1, *[1] * (core.ndim - 1))
-            entries = self._mask(v, self.growing).expand_as(core).flatten(1).sum(1)  # without the padding
-            scale = core.flatten(1).norm(dim=1) / entries.sqrt()
-            self.cores[v] = core + 0.3 * scale.reshape(-1, *[1] * (core.ndim - 1)) * self.noise[v] * fresh
+        opened = (self._mask(level + 1) - self._mask(level)) * self.arrays.array(self.grown)[:, None]
+        entries = self._mask(self.growing) @ self.owner  # without the padding
+        scale = self._norms(self.flat) / self.arrays.np.sqrt(entries)
+        self.flat += 0.3 * (scale @ self.owner.T) * self.noise * opened
 
     def _leave(self, sweep: int, errors: list[float]) -> None:
         done = []
@@ -347,23 +370,24 @@ class _Race:
         return start.dropped or (ready and hope > best)
 
     def _take_out(self, done: list[int]) -> None:
-        index = torch.tensor(done, device=self.data.device)
-        cores = [core[index] for core in self.previous]
-        weights = None if self.weights is None else self.weights[index]
-        exact = self.plan.squared_error(self.data[index], cores, weights) / self.fitter.norm
-        cores = [core.to("cpu") for core in cores]  # in one piece, not a core at a time
+        data = self.data if len(self.data) == 1 else self.data[done]
+        weights = self.weights if self.weights is None or len(self.weights) == 1 else self.weights[done]
+        flat = self.previous[done]
+        exact = self.plan.squared_error(data, self.plan.split(flat), weights) / self.fitter.norm
+        flat = self.arrays.to_torch(flat)  # in one piece, not a core at a time
         for row, (slot, rse) in enumerate(zip(done, exact.tolist(), strict=True)):
             self.active[slot].rse = rse
-            self.active[slot].cores = [core[row] for core in cores]
+            self.active[slot].cores = [core[0] for core in self.plan.split(flat[row : row + 1])]
         leaving = set(done)
-        kept = [slot for slot in range(len(self.active)) if slot not in leaving]
-        self.active = [self.active[slot] for slot in kept]
-        keep = torch.tensor(kept, dtype=torch.long, device=self.data.device)
-        self.data, self.ranks, self.grown = self.data[keep], self.ranks[keep], self.grown[keep]
-        self.weights = None if self.weights is None else self.weights[keep]
-        self.cores = [core[keep] for core in self.cores]
-        self.noise = [core[keep] for core in self.noise]
-        self.previous = [core[keep] for core in self.previous]
+        keep = [slot for slot in range(len(self.active)) if slot not in leaving]
+        self.active = [self.active[slot] for slot in keep]
+        self.ranks, self.grown = self.ranks[keep], self.grown[keep]
+        if len(self.data) > 1:
+            self.data = self.data[keep]
+        if self.weights is not None and len(self.weights) > 1:
+            self.weights = self.weights[keep]
+        self.flat, self.noise, self.previous = self.flat[keep], self.noise[keep], self.previous[keep]
+        self.cores = self.plan.split(self.flat)
         self.last, self.stride, self.ridge = self.last[keep], self.stride[keep], self.ridge[keep]
 
 
@@ -402,18 +426,23 @@ def _layout(structure: Structure) -> _Layout:
     return _Layout(Template(sizes, tuple(pairs)), tuple(order), ranks)
 
 
+def _cropped(cores: list[torch.Tensor], layout: _Layout) -> list[torch.Tensor]:
+    """Cores on positions without the padding of their batch."""
+    incident = layout.template.incident
+    return [core[tuple(slice(layout.ranks[e]) for e in incident[v])] for v, core in enumerate(cores)]
+
+
 def _to_structure(cores: list[torch.Tensor], layout: _Layout, structure: Structure) -> tuple[torch.Tensor, ...]:
-    """Cores on positions, padded -> cores on vertices in float64 on the CPU."""
+    """Cores on positions -> cores on vertices in float64."""
     result: list[torch.Tensor] = [torch.empty(0)] * structure.vertices
     for position, vertex in enumerate(layout.order):
-        edges = layout.template.incident[position]
-        core = cores[position][tuple(slice(layout.ranks[e]) for e in edges)]
+        core, edges = cores[position], layout.template.incident[position]
         names = [_named(layout, e) for e in edges]
         wanted = [structure.edges[e][:2] for e in structure.incident[vertex]]
         axes = [names.index(name) for name in wanted]
         dropped = [axis for axis in range(len(edges)) if axis not in axes]
         core = core.permute(*axes, *dropped, core.ndim - 1).reshape(structure.core_shapes[vertex])
-        result[vertex] = core.to("cpu", torch.float64).clone()
+        result[vertex] = core.to(torch.float64).clone()
     return tuple(result)
 
 
@@ -438,19 +467,18 @@ def _named(layout: _Layout, edge: int) -> tuple[int, int]:
     return u, v
 
 
-def _arranged(tensor: torch.Tensor, orders: list[tuple[int, ...]], sizes: tuple[int, ...]) -> torch.Tensor:
-    """The tensor once a start, its modes in the order of the start's positions: ``[B, sizes...]``."""
-    modes = [[v for v in order if v < tensor.ndim] for order in orders]
-    if all(order == modes[0] for order in modes):
-        view = tensor.permute(modes[0]).reshape(sizes)
-        return view.expand(len(orders), *sizes).contiguous()
-    arranged = {tuple(order): tensor.permute(order).reshape(sizes) for order in modes}
-    return torch.stack([arranged[tuple(order)] for order in modes])
+def _arranged(tensor: Array, orders: list[tuple[int, ...]], sizes: tuple[int, ...]) -> Array:
+    """The tensor with its modes in the order of each start's positions: ``[B, sizes...]``; B = 1 if all agree."""
+    modes = [tuple(v for v in order if v < tensor.ndim) for order in orders]
+    arranged = {order: permuted(tensor, order).reshape(1, *sizes) for order in modes}
+    parts = list(arranged.values()) if len(arranged) == 1 else [arranged[order] for order in modes]
+    return torch.cat(parts) if isinstance(tensor, torch.Tensor) else np.concatenate(parts)
 
 
-def _pad(core: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    if core.shape == shape:
-        return core
-    padded = torch.zeros(shape, dtype=core.dtype, device=core.device)
-    padded[tuple(slice(size) for size in core.shape)] = core
-    return padded
+def _padded(networks: list[list[torch.Tensor]], plan: Plan) -> np.ndarray:
+    """Cores of networks, smaller bonds padded with zeros: [B, parameters]."""
+    flat = np.zeros((len(networks), plan.parameters))
+    for position, target in enumerate(plan.split(flat)):
+        for row, cores in zip(target, networks, strict=True):
+            row[tuple(slice(size) for size in cores[position].shape)] = cores[position]
+    return flat

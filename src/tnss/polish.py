@@ -8,85 +8,67 @@ from __future__ import annotations
 
 import math
 
-import torch
+import numpy as np
 
-from tnss.network import contract_cores
-from tnss.structure import Structure
-from tnss.sweeps import Template, balance, plan_for
+from tnss.sweeps import Plan
 
 STEPS = 30
 SMALLEST_GAIN = 1e-3  # of the squared error in one accepted step: two in a row below it end the polish
 
 
 def polish(
-    tensor: torch.Tensor,
-    structure: Structure,
-    cores: tuple[torch.Tensor, ...],
-    weights: torch.Tensor | None,
-    tolerance: float,
-) -> tuple[tuple[torch.Tensor, ...], float]:
+    data: np.ndarray, plan: Plan, flat: np.ndarray, root: np.ndarray | None, tolerance: float
+) -> tuple[np.ndarray, float]:
     """Lower the squared error of a network; never returns a worse one.
 
     Args:
-        tensor: ``structure.sizes``.
-        structure: the network's structure.
-        cores: where to start.
-        weights: positive weight of each entry, or None.
-        tolerance: the RSE at which to stop.
+        data: the tensor, modes in the order of the plan's positions, float64.
+        plan: the network's graph and ranks.
+        flat: where to start: its cores, [1, parameters], all of about the same norm.
+        root: square root of the weight of each entry, or None.
+        tolerance: the squared error at which to stop.
 
     Returns:
-        The cores, in float64 on the CPU, and their RSE.
+        The cores, as they came, and their squared error.
     """
-    data = tensor.to("cpu", torch.float64)
-    root = torch.ones(()) if weights is None else weights.to("cpu", torch.float64).sqrt()
-    norm = float((root * data).square().sum())
-    current = [core.clone() for core in cores]
-    batched = [core[None] for core in current]
-    balance(batched)
-    current = [core[0] for core in batched]
-    residual = (root * (data - contract_cores(structure, current))).flatten()
-    error, damping, idle = float(residual.square().sum()), 1e-3, 0
+    residual = _residual(data, plan, flat, root)
+    error, damping, idle = float(residual @ residual), 1e-3, 0
     for _ in range(STEPS):
-        if error <= tolerance * norm or idle >= 2:
+        if error <= tolerance or idle >= 2:
             break
-        jacobian = _jacobian(structure, current, root)
+        jacobian = _jacobian(plan, flat, root)
         normal, gradient = jacobian.T @ jacobian, jacobian.T @ residual
-        scale = normal.diagonal().mean()
+        diagonal = np.arange(len(normal))
+        scale = float(normal.trace()) / len(normal)
         for _ in range(8):
-            shifted = normal + damping * scale * torch.eye(len(normal), dtype=normal.dtype)
-            factor, info = torch.linalg.cholesky_ex(shifted)
-            step = torch.cholesky_solve(gradient[:, None], factor)[:, 0]
-            trial = _moved(current, step)
-            trial_residual = (root * (data - contract_cores(structure, trial))).flatten()
-            trial_error = float(trial_residual.square().sum())
-            if int(info) == 0 and trial_error < error:
+            shifted = normal.copy()
+            shifted[diagonal, diagonal] += damping * scale
+            trial = flat + np.linalg.solve(shifted, gradient)
+            trial_residual = _residual(data, plan, trial, root)
+            trial_error = float(trial_residual @ trial_residual)
+            if trial_error < error:
                 break
             damping *= 6.0
         else:
             break
         idle = idle + 1 if error - trial_error <= SMALLEST_GAIN * error else 0
-        current, residual, error, damping = trial, trial_residual, trial_error, max(damping / 8.0, 1e-14)
-    return tuple(current), error / norm
+        flat, residual, error, damping = trial, trial_residual, trial_error, max(damping / 8.0, 1e-14)
+    return flat, error
 
 
-def _jacobian(structure: Structure, cores: list[torch.Tensor], root: torch.Tensor) -> torch.Tensor:
-    """Derivative of the weighted dense tensor by all core entries: [entries, parameters]."""
-    sizes = tuple(structure.sizes[v] if v < structure.order else 1 for v in range(structure.vertices))
-    template = Template(sizes, tuple(edge[:2] for edge in structure.edges))
-    plan = plan_for(template, tuple(edge[2] for edge in structure.edges))
-    batched = [core.reshape(1, *shape) for core, shape in zip(cores, plan.shapes, strict=True)]
-    blocks = []
-    for v, size in enumerate(sizes):
-        environment = plan.explicit[v]([batched[u] for u in plan.positions if u != v])
-        rest = [other for u, other in enumerate(sizes) if u != v]
-        environment = environment.reshape(plan.rows[v], *rest).movedim(0, -1)
-        block = torch.zeros(*sizes, plan.rows[v], size, dtype=torch.float64)
-        block.diagonal(dim1=v, dim2=block.ndim - 1).copy_(environment[..., None].expand(*rest, plan.rows[v], size))
-        blocks.append(block.reshape(math.prod(sizes), -1))
-    jacobian = torch.cat(blocks, dim=1)
-    return jacobian if root.ndim == 0 else jacobian * root.flatten()[:, None]
+def _residual(data: np.ndarray, plan: Plan, flat: np.ndarray, root: np.ndarray | None) -> np.ndarray:
+    difference = (data - plan.dense(plan.split(flat))[0]).ravel()
+    return difference if root is None else difference * root.ravel()
 
 
-def _moved(cores: list[torch.Tensor], step: torch.Tensor) -> list[torch.Tensor]:
-    sizes = [core.numel() for core in cores]
-    return [core + part.reshape(core.shape) for core, part in zip(cores, step.split(sizes), strict=True)]
+def _jacobian(plan: Plan, flat: np.ndarray, root: np.ndarray | None) -> np.ndarray:
+    """Derivative of the (weighted) dense tensor by all core entries: [entries, parameters]."""
+    sizes, cores = plan.template.sizes, plan.split(flat)
+    jacobian = np.zeros((math.prod(sizes), plan.parameters))
+    for v, (block, size) in enumerate(zip(plan.split(jacobian), sizes, strict=True)):
+        environment = plan.explicit[v]([cores[u] for u in plan.positions if u != v])
+        environment = environment.reshape(plan.rows[v], math.prod(sizes[:v]), -1)  # modes before v, modes after
+        block = block.reshape(environment.shape[1], size, environment.shape[2], plan.rows[v], size)
+        for i in range(size):
+            block[:, i, :, :, i] = environment.transpose(1, 2, 0)
+    return jacobian if root is None else jacobian * root.reshape(-1, 1)

@@ -11,17 +11,20 @@ tree of partial contractions that each sweep walks once (*tree*); the cheaper by
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-import torch
+import numpy as np
 
+from tnss.arrays import Array, permuted, solve
 from tnss.contraction import Contraction, compile_contraction
 
-CALL_SECONDS = 8e-6  # one small torch operation on a CPU
-FLOPS_PER_SECOND = 1.5e10  # one CPU core, float64; only the ratio of the two matters
+CALL_SECONDS = 2e-6  # one small NumPy operation, shared by the networks of a batch
+FLOPS_PER_SECOND = 0.3e10  # one CPU core, float64; only the ratio of the two matters
 RIDGE = 1e-10  # relative to the mean diagonal of the normal equations
+RIDGE_SINGLE = 1.2e-6  # the same in float32
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,21 @@ class Plan:
         self._primed = [(*(edges + count + e for e in template.incident[v]), self._mode[v]) for v in self.positions]
         self.shapes = [(*(ranks[e] for e in template.incident[v]), template.sizes[v]) for v in self.positions]
         self.rows = [math.prod(shape[:-1]) for shape in self.shapes]
-        self.parameters = sum(math.prod(shape) for shape in self.shapes)
+        lengths = [math.prod(shape) for shape in self.shapes]
+        self.parameters = sum(lengths)
+        self._ends = list(itertools.accumulate(lengths, initial=0))
+
+    def split(self, flat: Array) -> list[Array]:
+        """The cores of networks ``[B, parameters]`` as views, one ``[B, ranks..., n]`` a position."""
+        return [
+            flat[:, first:last].reshape(len(flat), *shape)
+            for first, last, shape in zip(self._ends, self._ends[1:], self.shapes, strict=False)
+        ]
+
+    @cached_property
+    def owner(self) -> np.ndarray:
+        """1 where an entry belongs to the core at a position: [parameters, positions]."""
+        return np.repeat(np.eye(len(self.positions)), np.diff(self._ends), axis=0)
 
     @cached_property
     def explicit(self) -> tuple[Contraction, ...]:
@@ -126,40 +143,41 @@ class Plan:
 
     def sweep(
         self,
-        data: torch.Tensor,
-        cores: list[torch.Tensor],
-        weights: torch.Tensor | None = None,
-        ridge: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Update every core once, in place in the list; returns the squared error [B] after the last update.
+        data: Array,
+        cores: list[Array],
+        norm: float,
+        weights: Array | None = None,
+        ridge: Array | None = None,
+    ) -> Array:
+        """Update every core once, in place; returns the squared error [B] after the last update.
 
         Args:
-            data: ``X`` [B, n_0, n_1, ...], zero where the weight is zero.
-            cores: one tensor [B, ranks..., n] a position.
-            weights: [B, n_0, n_1, ...] or None; the error is then ``sum of weights * (X - network)^2``.
+            data: ``X`` [B, n_0, n_1, ...], zero where the weight is zero; B is 1 where all networks share it.
+            cores: one array [B, ranks..., n] a position.
+            norm: squared norm of ``X`` (not used with weights).
+            weights: as ``data``, or None; the error is then ``sum of weights * (X - network)^2``.
             ridge: [B], added to the normal equations times their mean diagonal; None for the smallest that
                 rounding needs.
         """
         if weights is not None:
             return self._sweep_weighted(data, cores, weights, ridge)
         if self.uses_tree:
-            explained = self._sweep_tree(self.tree, data, None, cores, ridge)
-        else:
-            for v in self.positions:
-                environment = self.explicit[v]([cores[u] for u in self.positions if u != v])
-                matrix = environment.reshape(len(data), self.rows[v], -1)
-                unfolded = data.movedim(v + 1, -1).reshape(len(data), matrix.shape[2], -1)
-                explained = self._solve(v, torch.bmm(matrix, matrix.mT), torch.bmm(matrix, unfolded), cores, ridge)
-        return data.flatten(1).square().sum(1) - explained
+            return norm - self._sweep_tree(self.tree, data, None, cores, ridge)
+        for v in self.positions:
+            environment = self.explicit[v]([cores[u] for u in self.positions if u != v])
+            matrix = environment.reshape(len(environment), self.rows[v], -1)
+            unfolded = self._unfolded(data, v).swapaxes(1, 2)
+            explained = self._solve(v, matrix @ matrix.swapaxes(1, 2), matrix @ unfolded, cores, ridge)
+        return norm - explained
+
+    def _unfolded(self, data: Array, position: int) -> Array:
+        """[B, n, rest]."""
+        axes = [0, position + 1, *(u + 1 for u in self.positions if u != position)]
+        return permuted(data, axes).reshape(len(data), self.template.sizes[position], -1)
 
     def _sweep_tree(
-        self,
-        node: _Node,
-        data: torch.Tensor,
-        gram: torch.Tensor | None,
-        cores: list[torch.Tensor],
-        ridge: torch.Tensor | None,
-    ) -> torch.Tensor:
+        self, node: _Node, data: Array, gram: Array | None, cores: list[Array], ridge: Array | None
+    ) -> Array:
         if not node.children:
             v = node.positions[0]
             rows = self.rows[v]
@@ -174,42 +192,30 @@ class Plan:
             explained = self._sweep_tree(child, to_data([data, *removed]), to_gram([*above, *doubled]), cores, ridge)
         return explained
 
-    def _sweep_weighted(
-        self, data: torch.Tensor, cores: list[torch.Tensor], weights: torch.Tensor, ridge: torch.Tensor | None
-    ) -> torch.Tensor:
-        batch = len(data)
+    def _sweep_weighted(self, data: Array, cores: list[Array], weights: Array, ridge: Array | None) -> Array:
         for v in self.positions:
             environment = self.explicit[v]([cores[u] for u in self.positions if u != v])
-            matrix = environment.reshape(batch, self.rows[v], -1)
-            weight = weights.movedim(v + 1, 1).reshape(batch, -1, matrix.shape[2])
-            unfolded = data.movedim(v + 1, 1).reshape(batch, -1, matrix.shape[2])
-            weighted = weight[:, :, None, :] * matrix[:, None]  # [B, n, P, rest]
-            gram = torch.matmul(weighted, matrix.mT[:, None])
-            right = torch.matmul(weighted, unfolded[..., None])
-            repeated = None if ridge is None else ridge.repeat_interleave(gram.shape[1])
-            core = _regularised_solve(gram.flatten(0, 1), right.flatten(0, 1), repeated)
-            cores[v] = core.reshape(batch, -1, self.rows[v]).mT.reshape(cores[v].shape)
-        return (weights * (data - self.dense(cores)).square()).flatten(1).sum(1)
+            matrix = environment.reshape(len(environment), 1, self.rows[v], -1)
+            weighted = self._unfolded(weights, v)[:, :, None] * matrix  # [B, n, P, rest]
+            gram = weighted @ matrix.swapaxes(2, 3)
+            right = weighted @ self._unfolded(data, v)[..., None]
+            batch, size, rows, _ = gram.shape
+            repeated = None if ridge is None else ridge[[b for b in range(batch) for _ in range(size)]]
+            core = _regularised_solve(gram.reshape(-1, rows, rows), right.reshape(-1, rows, 1), repeated)
+            cores[v][...] = core.reshape(batch, size, rows).swapaxes(1, 2).reshape(cores[v].shape)
+        return self.squared_error(data, cores, weights)
 
-    def _solve(
-        self,
-        position: int,
-        gram: torch.Tensor,
-        right: torch.Tensor,
-        cores: list[torch.Tensor],
-        ridge: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def _solve(self, position: int, gram: Array, right: Array, cores: list[Array], ridge: Array | None) -> Array:
         core = _regularised_solve(gram, right, ridge)
-        cores[position] = core.reshape(cores[position].shape)
+        cores[position][...] = core.reshape(cores[position].shape)
         # ||X||^2 - ||X - M^T G||^2, true for any G, so that the ridge is accounted for
-        return ((2.0 * right - torch.bmm(gram, core)) * core).flatten(1).sum(1)
+        return ((2.0 * right - gram @ core) * core).sum((1, 2))
 
-    def squared_error(
-        self, data: torch.Tensor, cores: list[torch.Tensor], weights: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def squared_error(self, data: Array, cores: list[Array], weights: Array | None = None) -> Array:
         """Squared error [B] from the dense reconstruction: exact where :meth:`sweep` cancels."""
-        residual = (data - self.dense(cores)).square()
-        return (residual if weights is None else weights * residual).flatten(1).sum(1)
+        residual = (data - self.dense(cores)) ** 2
+        residual = residual if weights is None else weights * residual
+        return residual.reshape(len(residual), -1).sum(1)
 
 
 def _tree_cost(node: _Node) -> tuple[int, float]:
@@ -221,30 +227,18 @@ def _tree_cost(node: _Node) -> tuple[int, float]:
     return steps, flops
 
 
-def _regularised_solve(gram: torch.Tensor, right: torch.Tensor, ridge: torch.Tensor | None) -> torch.Tensor:
+def _regularised_solve(gram: Array, right: Array, ridge: Array | None) -> Array:
     """Solve ``(gram + ridge) core = right``; rows that are zero (padding) give exactly zero."""
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    filled = (diagonal != 0).sum(1, keepdim=True).clamp_min(1)  # padding must not thin the mean out
-    mean = (diagonal.sum(1, keepdim=True) / filled).clamp_min(torch.finfo(gram.dtype).tiny)
-    smallest = max(RIDGE, 10 * torch.finfo(gram.dtype).eps)
-    added = smallest if ridge is None else ridge.clamp_min(smallest)[:, None]
-    shifted = gram.clone()
-    shifted.diagonal(dim1=1, dim2=2).add_(mean * ((diagonal == 0) + added))
-    factor, info = torch.linalg.cholesky_ex(shifted)
-    if info.any():  # rounding made it indefinite: a thousand times the ridge always suffices
-        shifted.diagonal(dim1=1, dim2=2).add_((info != 0)[:, None] * 1e3 * smallest * mean)
-        factor = torch.linalg.cholesky(shifted)
-    return torch.cholesky_solve(right, factor)
-
-
-def balance(cores: list[torch.Tensor]) -> None:
-    """Give all cores of a network the same norm, leaving the network unchanged."""
-    norms = torch.stack([core.flatten(1).norm(dim=1) for core in cores])  # [positions, B]
-    logs = norms.clamp_min(torch.finfo(norms.dtype).tiny).log()
-    scale = (logs.mean(0, keepdim=True) - logs).exp()
-    scale = torch.where((norms == 0).any(0, keepdim=True), torch.ones_like(scale), scale)
-    for v, core in enumerate(cores):
-        cores[v] = core * scale[v].reshape(-1, *[1] * (core.ndim - 1))
+    batch, rows, _ = gram.shape
+    shifted = gram.reshape(batch, -1) + 0.0
+    diagonal = shifted[:, :: rows + 1]
+    padding = diagonal == 0
+    filled = (~padding).sum(1).clip(1)  # padding must not thin the mean out
+    smallest, tiny = (RIDGE, 1e-300) if gram.itemsize == 8 else (RIDGE_SINGLE, 1e-37)
+    mean = (diagonal.sum(1) / filled).clip(tiny)
+    added = mean * (smallest if ridge is None else ridge.clip(smallest))
+    diagonal += added[:, None] + mean[:, None] * padding
+    return solve(shifted.reshape(gram.shape), right)
 
 
 @lru_cache(maxsize=4096)

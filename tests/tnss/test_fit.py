@@ -10,7 +10,7 @@ import torch
 from tests.tnss.planted import A6A, planted_ring, random_cores, random_structure, ring_structure
 from tnss import ALS, FitRequest, Fitter, Structure, relative_squared_error
 from tnss.network import contract_cores
-from tnss.sweeps import Plan, Template, balance
+from tnss.sweeps import Plan, Template
 from tnss.warm import warm_cores
 
 PLANTED_A6A = ring_structure((3,) * 6, (0, 3, 2, 1, 4, 5), (3, 4, 2, 2, 3, 2))
@@ -96,7 +96,7 @@ def test_tree_and_explicit_updates_agree(seed: int) -> None:
         plan.__dict__["uses_tree"] = uses_tree
         cores = [core.clone() for core in start]
         for _ in range(3):
-            error = plan.sweep(data, cores)
+            error = plan.sweep(data, cores, 0.0)
         outcomes.append((error, plan.dense(cores)))
     torch.testing.assert_close(outcomes[0][0], outcomes[1][0], rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(outcomes[0][1], outcomes[1][1], rtol=1e-4, atol=1e-6)
@@ -109,8 +109,7 @@ def test_padding_stays_zero() -> None:
     cores[0][0, 2:], cores[1][0, 2:] = 0, 0  # network 0 has rank 2 on edge (0, 1)
     data = torch.randn(2, 3, 3, 3, dtype=torch.float64)
     for _ in range(5):
-        plan.sweep(data, cores)
-        balance(cores)
+        plan.sweep(data, cores, 0.0)
     assert cores[0][0, 2:].abs().max() == 0
     assert cores[1][0, 2:].abs().max() == 0
     assert cores[0][1, 2:].abs().max() > 0
