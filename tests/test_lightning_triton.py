@@ -22,10 +22,12 @@ CASES = [
 ]
 
 
-@pytest.fixture
-def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cuts every sequence of more than 64 tokens, as a launch of few heads would."""
-    monkeypatch.setattr(lightning_triton, "cut_sequence", lambda tokens, *_: (2, 64) if tokens > 64 else (1, tokens))
+@pytest.fixture(params=[(64, 32), (48, 16)], ids=str)
+def short_segments(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cuts every sequence of more than 64 tokens, as a launch of few heads would: tokens in a segment, and to lead."""
+    monkeypatch.setattr(
+        lightning_triton, "cut_sequence", lambda tokens, *_: request.param if tokens > 64 else (tokens, 0)
+    )
 
 
 @interpreted
@@ -87,15 +89,16 @@ def test_float16_state_beyond_its_range() -> None:
 
 
 def test_cut_sequence() -> None:
-    """As many segments as make one program a multiprocessor, none of them short."""
-    assert lightning_triton.cut_sequence(8192, 256, 132) == (1, 8192)
-    assert lightning_triton.cut_sequence(8192, 100, 132) == (1, 8192)
-    assert lightning_triton.cut_sequence(200, 1, 132) == (1, 200)
+    """Behind the short first one as many segments as make one program a multiprocessor, none of them much shorter."""
+    assert lightning_triton.cut_sequence(8192, 256, 132) == (8192, 0)
+    assert lightning_triton.cut_sequence(8192, 100, 132) == (8192, 0)
+    assert lightning_triton.cut_sequence(200, 1, 132) == (200, 0)
     for tokens in (512, 1000, 8192, 131072, 1 << 20):
         for walks in (1, 7, 16, 32, 66):
-            segments, length = lightning_triton.cut_sequence(tokens, walks, 132)
-            assert segments * walks <= 132
-            assert segments == 1 or (length % 64 == 0 and 0 < length * (segments - 1) < tokens)
+            segment, lead = lightning_triton.cut_sequence(tokens, walks, 132)
+            assert segment % 64 == 0
+            assert lead in range(64, segment // 2 + 1, 64)
+            assert -(-(tokens - lead) // segment) * walks <= 132
 
 
 def test_tiles_fit_the_chip() -> None:

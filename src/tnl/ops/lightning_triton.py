@@ -13,6 +13,8 @@ for one head run side by side, so that what they read in common comes from the c
 Where heads are too few to fill the chip, a sequence is cut into segments, a program each. A program first sums up its
 own segment's state, waits for the state that enters it, passes on the state that leaves it, and walks. The state is
 handed over in the buffer of the final state: one slot a chain, so memory does not grow with the number of segments.
+The sum reads keys and values once more, so the first segment, which waits for nothing, goes without: it is so short
+that its walk ends when the others have their sums.
 """
 
 import functools
@@ -57,17 +59,21 @@ def choose_tiles(
 
 
 MIN_SEGMENT = 256
+LEAD = 0.45  # time to sum up a segment's state, of the time to walk it (measured on an H100)
 
 
 def cut_sequence(tokens: int, walks: int, processors: int) -> tuple[int, int]:
-    """Segments that a sequence is cut into, and tokens in each of them but the last along the walk.
+    """Tokens in a segment, and the most that the first one along the walk may have if it is not summed up.
 
     ``walks`` is the number of programs of a launch without a cut. One program a multiprocessor saturates the memory,
-    so there are as many segments as make one program for each; a walk of a whole sequence where that is one.
+    so the segments behind the first are as many as make one program for each; the last of them runs where the first
+    one ran. A sequence is one segment where there is one multiprocessor for a walk, or where segments would be short.
     """
-    segments = max(1, min(processors // walks, tokens // MIN_SEGMENT))
-    length = triton.cdiv(triton.cdiv(tokens, segments), 64) * 64
-    return (1, tokens) if segments == 1 else (triton.cdiv(tokens, length), length)
+    segments = min(processors // walks, tokens // MIN_SEGMENT)
+    if segments < 2:
+        return tokens, 0
+    length = triton.cdiv(int(tokens / (segments + LEAD)) + 1, 64) * 64
+    return length, max(64, int(LEAD * length) // 64 * 64)
 
 
 @functools.lru_cache
@@ -147,11 +153,19 @@ def _read(x, state, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _pass_on(SLOT, mask, state, FLAG, index):
+    """Leave the state for the next segment of the chain."""
+    tl.store(SLOT, state, mask)
+    tl.debug_barrier()
+    tl.atomic_xchg(FLAG, index + 1, sem="release")
+
+
+@triton.jit
 def _walk(
     X, Y, Z, OUT, DIFFERENCE, AGAINST, LOG_DECAY, INITIAL, FINAL, FLAG,
     x_stride, y_stride, z_stride, out_stride, against_stride, decay_stride, difference_stride,
     state_row, state_column, rate, scale,
-    begin, end, index, is_last, K, C, column_block,
+    begin, end, index, is_last, lead, K, C, column_block,
     REVERSE: tl.constexpr, DECAY: tl.constexpr, HAS_INITIAL: tl.constexpr, STORE_FINAL: tl.constexpr,
     SPLIT: tl.constexpr, NEED_DIFFERENCE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
@@ -175,21 +189,22 @@ def _walk(
     x_tokens = _tokens(X, begin, end, x_stride, K, BLOCK_T, BLOCK_K)
     y_tokens = _tokens(Y, begin, end, y_stride, K, BLOCK_T, BLOCK_K)
     z_tokens = _tokens(Z, begin, end, z_stride, C, BLOCK_T, BLOCK_C)
-    out_tokens = _tokens(OUT, begin, end, out_stride, C, BLOCK_T, BLOCK_C)
-    against_tokens = (
-        _tokens(AGAINST, begin, end, against_stride, C, BLOCK_T, BLOCK_C) if NEED_DIFFERENCE else out_tokens
-    )
+    if NEED_DIFFERENCE:
+        against_tokens = _tokens(AGAINST, begin, end, against_stride, C, BLOCK_T, BLOCK_C)
     length = end - begin
     blocks = tl.cdiv(length, BLOCK_T)
     first = (blocks - 1) * BLOCK_T if REVERSE else 0
     step = -BLOCK_T if REVERSE else BLOCK_T
     LOG_DECAY += begin.to(tl.int64) * decay_stride
+    OUT += begin.to(tl.int64) * out_stride + rows[:, None] * out_stride + columns[None, :]
 
     if SPLIT:
         # The state of this segment alone, then the hand-over in the slot: wait, read, pass on.
         own = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
         decayed = 0.0
-        if not is_last:
+        leads = (index == 0) & (length <= lead)
+        sums = (not is_last) & (not leads)
+        if sums:
             for block in range(blocks):
                 at = first + block * step
                 y = y_tokens.load([at, 0])
@@ -204,10 +219,8 @@ def _walk(
                 pass
             state = tl.load(FINAL + state_at, state_mask, 0.0, cache_modifier=".cg")
             tl.debug_barrier()
-        if not is_last:
-            tl.store(FINAL + state_at, state + (state * _loss(decayed) + own), state_mask)
-            tl.debug_barrier()
-            tl.atomic_xchg(FLAG, index + 1, sem="release")
+        if sums:
+            _pass_on(FINAL + state_at, state_mask, state + (state * _loss(decayed) + own), FLAG, index)
 
     mask = _mask(rate * rows, scale, rows, REVERSE)
     for block in range(blocks):
@@ -222,13 +235,17 @@ def _walk(
         out = _read(x, state, PRECISION) * read[:, None]
         out = tl.dot((scores * mask).to(z.dtype), z, out, input_precision=PRECISION)
         state = _update(state, y, z, write, last, PRECISION)
-        out_tokens.store([at, column], out.to(OUT.dtype.element_ty))
+        inside = (rows < length - at)[:, None] & (columns < C)[None, :]
+        tl.store(OUT + at.to(tl.int64) * out_stride, out.to(OUT.dtype.element_ty), inside)
         if NEED_DIFFERENCE:
             against = against_tokens.load([at, column])
             token = (begin + at).to(tl.int64) + rows
             difference = tl.sum(out * against.to(tl.float32), 1)
             tl.store(DIFFERENCE + token * difference_stride, difference, at + rows < length)
 
+    if SPLIT:
+        if leads & (not is_last):
+            _pass_on(FINAL + state_at, state_mask, state, FLAG, index)
     if STORE_FINAL:
         if is_last:
             tl.store(FINAL + state_at, state, state_mask)
@@ -236,52 +253,55 @@ def _walk(
 
 @triton.jit
 def _locate(
-    item, CU_SEQLENS, T, segment, sequences, per_sequence, items,
+    item, CU_SEQLENS, T, segment, lead, sequences, per_sequence, items,
     REVERSE: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Sequence, token range, place along the walk and whether it is the last of the ``item``-th segment.
 
-    Items come in the order of the walk. A packed row is cut at every multiple of the segment length and at every
-    sequence's begin ``b``, which is cut number ``n + ceil(b / segment)``; that rises with n, so a binary search finds
-    the sequence. Behind the last cut there may be items without tokens: their range is empty, sequence -1.
+    Items come in the order of the walk; the first segment of a row has ``lead`` tokens. A packed row is cut at all
+    ``t`` for which ``t + shift`` is a multiple of the segment length and at every sequence's begin ``b``, which is cut
+    number ``n + ceil((b + shift) / segment)``; that rises with n, so a binary search finds the sequence. Behind the
+    last cut there may be items without tokens: their range is empty, sequence -1.
     """
     if not PACKED:
         sequence = item % sequences
         index = item // sequences
         is_last = index == per_sequence - 1
-        near = index * segment  # from where the walk begins: the end of the sequence, when it runs backwards
-        far = tl.where(is_last, T, near + segment)
+        # from where the walk begins: the end of the sequence, when it runs backwards
+        near = tl.maximum(index * segment - (segment - lead), 0)
+        far = tl.where(is_last, T, index * segment + lead)
         if REVERSE:
             return sequence, T - far, T - near, index, is_last
         return sequence, near, far, index, is_last
     if not SPLIT:
         row_begin = tl.load(CU_SEQLENS + item).to(tl.int32)
         return item, row_begin, tl.load(CU_SEQLENS + item + 1).to(tl.int32), item * 0, item >= 0
-    cut = items - 1 - item if REVERSE else item
+    shift = (segment - (T - lead) % segment) % segment if REVERSE else segment - lead
+    cut = (items - 1 - item if REVERSE else item) + tl.cdiv(shift, segment)
     low = 0
     high = sequences - 1
     while low < high:
         middle = (low + high + 1) // 2
-        if middle + tl.cdiv(tl.load(CU_SEQLENS + middle).to(tl.int32), segment) <= cut:
+        if middle + tl.cdiv(tl.load(CU_SEQLENS + middle).to(tl.int32) + shift, segment) <= cut:
             low = middle
         else:
             high = middle - 1
     row_begin = tl.load(CU_SEQLENS + low).to(tl.int32)
     row_end = tl.load(CU_SEQLENS + low + 1).to(tl.int32)
-    number = cut - low - tl.cdiv(row_begin, segment)
-    place = row_begin // segment + number
-    count = tl.maximum(tl.cdiv(row_end, segment) - row_begin // segment, 1)
-    begin = tl.maximum(place * segment, row_begin)
-    end = tl.minimum((place + 1) * segment, row_end)
+    number = cut - low - tl.cdiv(row_begin + shift, segment)
+    place = (row_begin + shift) // segment + number
+    count = tl.maximum(tl.cdiv(row_end + shift, segment) - (row_begin + shift) // segment, 1)
+    begin = tl.maximum(place * segment - shift, row_begin)
+    end = tl.minimum((place + 1) * segment - shift, row_end)
     index = count - 1 - number if REVERSE else number
     return tl.where(number < count, low, -1), begin, end, index, index == count - 1
 
 
-@triton.jit(do_not_specialize=["T", "Hq", "group", "sequences", "segment", "per_sequence", "items"])
+@triton.jit(do_not_specialize=["T", "Hq", "group", "sequences", "segment", "lead", "per_sequence", "items"])
 def _forward_kernel(
     Q, K, V, OUT, LOG_DECAY, INITIAL, FINAL, CU_SEQLENS, FLAGS,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
-    o_head, scale, T, Hq, group, sequences, segment, per_sequence, items, D, E, state_row, state_column,
+    scale, T, Hq, group, sequences, segment, lead, per_sequence, items, D, E, state_row, state_column,
     DECAY: tl.constexpr, HAS_INITIAL: tl.constexpr, STORE_FINAL: tl.constexpr, PACKED: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -295,7 +315,7 @@ def _forward_kernel(
     head = (ticket // blocks) % Hq
     item = ticket // (blocks * Hq)
     sequence, begin, end, index, is_last = _locate(
-        item, CU_SEQLENS, T, segment, sequences, per_sequence, items, False, PACKED, SPLIT
+        item, CU_SEQLENS, T, segment, lead, sequences, per_sequence, items, False, PACKED, SPLIT
     )
     if sequence < 0:
         return
@@ -309,24 +329,24 @@ def _forward_kernel(
         Q + batch * q_batch + head.to(tl.int64) * q_head,
         K + batch * k_batch + key_head * k_head,
         V + batch * v_batch + key_head * v_head,
-        OUT + (batch * T * Hq + head) * o_head,
+        OUT + (batch * T * Hq + head) * E,
         OUT, OUT,
         LOG_DECAY + batch * T * Hq + head,
         INITIAL + chain * D * E,
         FINAL + chain * D * E,
         FLAGS + 1 + chain * blocks + column_block,
-        q_token, k_token, v_token, Hq * o_head, 0, Hq, 0,
-        state_row, state_column, rate, scale, begin, end, index, is_last, D, E, column_block,
+        q_token, k_token, v_token, Hq * E, 0, Hq, 0,
+        state_row, state_column, rate, scale, begin, end, index, is_last, lead, D, E, column_block,
         False, DECAY, HAS_INITIAL, STORE_FINAL, SPLIT, False,
         BLOCK_T, BLOCK_D, BLOCK_C, PRECISION,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "Hq", "group", "sequences", "segment", "per_sequence", "items"])
+@triton.jit(do_not_specialize=["T", "Hq", "group", "sequences", "segment", "lead", "per_sequence", "items"])
 def _backward_kernel(
     Q, K, V, DO, DQ, DK, DV, DIFFERENCE, LOG_DECAY, INITIAL, DFINAL, DQ_STATE, DK_STATE, DINITIAL, CU_SEQLENS, FLAGS,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, do_batch, do_token, do_head,
-    dk_head, dv_head, scale, T, Hq, group, sequences, segment, per_sequence, items, D, E, state_row, state_column,
+    scale, T, Hq, group, sequences, segment, lead, per_sequence, items, D, E, state_row, state_column,
     difference_block,
     DECAY: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_DFINAL: tl.constexpr, STORE_DINITIAL: tl.constexpr,
     NEED_DIFFERENCE: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -346,11 +366,11 @@ def _backward_kernel(
     backwards = column_block < d_blocks + e_blocks
     if backwards:
         sequence, begin, end, index, is_last = _locate(
-            item, CU_SEQLENS, T, segment, sequences, per_sequence, items, True, PACKED, SPLIT
+            item, CU_SEQLENS, T, segment, lead, sequences, per_sequence, items, True, PACKED, SPLIT
         )
     else:
         sequence, begin, end, index, is_last = _locate(
-            item, CU_SEQLENS, T, segment, sequences, per_sequence, items, False, PACKED, SPLIT
+            item, CU_SEQLENS, T, segment, lead, sequences, per_sequence, items, False, PACKED, SPLIT
         )
     if sequence < 0:
         return
@@ -369,29 +389,30 @@ def _backward_kernel(
     FLAGS += 1 + chain * blocks + column_block
     if column_block < d_blocks:
         _walk(
-            V, DO, Q, DK + token * dk_head, DIFFERENCE + token + (column_block + d_blocks) * difference_block, K,
+            V, DO, Q, DK + token * D, DIFFERENCE + token + (column_block + d_blocks) * difference_block, K,
             LOG_DECAY, DFINAL + chain * D * E, DK_STATE + chain * D * E, FLAGS,
-            v_token, do_token, q_token, Hq * dk_head, k_token, Hq, Hq,
-            state_column, state_row, rate, scale, begin, end, index, is_last, E, D, column_block,
+            v_token, do_token, q_token, Hq * D, k_token, Hq, Hq,
+            state_column, state_row, rate, scale, begin, end, index, is_last, lead, E, D, column_block,
             True, DECAY, HAS_DFINAL, False, SPLIT, NEED_DIFFERENCE,
             BLOCK_T, BLOCK_E, BLOCK_C, PRECISION,
         )  # fmt: skip
     if backwards & (column_block >= d_blocks):
         _walk(
-            K, Q, DO, DV + token * dv_head, DIFFERENCE, K,
+            K, Q, DO, DV + token * E, DIFFERENCE, K,
             LOG_DECAY, DFINAL + chain * D * E, DINITIAL + chain * D * E, FLAGS,
-            k_token, q_token, do_token, Hq * dv_head, k_token, Hq, Hq,
-            state_row, state_column, rate, scale, begin, end, index, is_last, D, E, column_block - d_blocks,
+            k_token, q_token, do_token, Hq * E, k_token, Hq, Hq,
+            state_row, state_column, rate, scale, begin, end, index, is_last, lead, D, E, column_block - d_blocks,
             True, DECAY, HAS_DFINAL, STORE_DINITIAL, SPLIT, False,
             BLOCK_T, BLOCK_D, BLOCK_C, PRECISION,
         )  # fmt: skip
     if column_block >= d_blocks + e_blocks:
         _walk(
-            DO, V, K, DQ + token * dk_head,
+            DO, V, K, DQ + token * D,
             DIFFERENCE + token + (column_block - d_blocks - e_blocks) * difference_block, Q,
             LOG_DECAY, INITIAL + chain * D * E, DQ_STATE + chain * D * E, FLAGS,
-            do_token, v_token, k_token, Hq * dk_head, q_token, Hq, Hq,
-            state_column, state_row, rate, scale, begin, end, index, is_last, E, D, column_block - d_blocks - e_blocks,
+            do_token, v_token, k_token, Hq * D, q_token, Hq, Hq,
+            state_column, state_row, rate, scale, begin, end, index, is_last, lead, E, D,
+            column_block - d_blocks - e_blocks,
             False, DECAY, HAS_INITIAL, False, SPLIT, NEED_DIFFERENCE,
             BLOCK_T, BLOCK_E, BLOCK_C, PRECISION,
         )  # fmt: skip
@@ -441,6 +462,7 @@ class _Cut:
 
     sequences: int
     segment: int
+    lead: int
     per_sequence: int
     items: int
     split: bool
@@ -452,11 +474,12 @@ def _cut(q: Tensor, cu_seqlens: Tensor | None, walks: int) -> _Cut:
     batch, tokens, heads = q.shape[:3]
     packed = cu_seqlens is not None
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    segments, length = cut_sequence(tokens, batch * heads * walks, _processors(q.device))
-    if segments == 1:
-        return _Cut(sequences, tokens, 1, sequences, False, packed)
-    items = sequences + triton.cdiv(tokens, length) if packed else sequences * segments
-    return _Cut(sequences, length, segments, items, True, packed)
+    segment, lead = cut_sequence(tokens, batch * heads * walks, _processors(q.device))
+    if segment == tokens:
+        return _Cut(sequences, tokens, tokens, 1, sequences, False, packed)
+    segments = 1 + triton.cdiv(tokens - lead, segment)
+    items = sequences + segments if packed else sequences * segments
+    return _Cut(sequences, segment, lead, segments, items, True, packed)
 
 
 def _decay_form(log_decay: Tensor | None) -> tuple[Tensor | None, int]:
@@ -486,13 +509,6 @@ def _aligned(x: Tensor) -> Tensor:
     if x.data_ptr() % 16 == 0 and all(stride % unit == 0 for stride in x.stride()[:-1]):
         return x
     return torch.nn.functional.pad(x, (0, -x.shape[-1] % unit))[..., : x.shape[-1]]
-
-
-def _new_tokens(q: Tensor, width: int) -> Tensor:
-    """Output ``[B, T, Hq, width]``, its rows multiples of 16 bytes apart."""
-    unit = 16 // q.element_size()
-    padded = torch.empty(*q.shape[:3], width + -width % unit, dtype=q.dtype, device=q.device)
-    return padded if width % unit == 0 else padded[..., :width]
 
 
 def _new_states(sequences: int, q: Tensor, E: int, transposed: bool) -> Tensor:
@@ -529,7 +545,7 @@ def forward(
     tiles = choose_tiles(D, E, q.dtype, tokens, per_token=decay == 2, exact=precision == "ieee")
     blocks = triton.cdiv(E, tiles.columns)
     cut = _cut(q, cu_seqlens, blocks)
-    o = _new_tokens(q, E)
+    o = q.new_empty(*q.shape[:3], E)
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
     final_state = flags = None
     if return_final_state or cut.split:
@@ -540,15 +556,16 @@ def forward(
     triton.set_allocator(_scratch)
     _forward_kernel[(cut.items * heads * blocks,)](
         q, k, v, o, _or(log_decay, o), _or(initial_state, o), _or(final_state, o), _or(cu_seqlens, o), _or(flags, o),
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], o.stride(2),
-        scale, tokens, heads, heads // k.shape[2], cut.sequences, cut.segment, cut.per_sequence, cut.items, D, E,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        scale, tokens, heads, heads // k.shape[2],
+        cut.sequences, cut.segment, cut.lead, cut.per_sequence, cut.items, D, E,
         *_state_strides(D, E, transposed),
         DECAY=decay, HAS_INITIAL=initial_state is not None, STORE_FINAL=return_final_state,
         PACKED=cut.packed, SPLIT=cut.split, BLOCK_T=tiles.tokens, BLOCK_D=_padded(D), BLOCK_C=tiles.columns,
         PRECISION=precision,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    return o.contiguous(), final_state
+    return o, final_state
 
 
 def backward(
@@ -573,7 +590,7 @@ def backward(
     d_blocks, e_blocks = triton.cdiv(D, tiles.columns), triton.cdiv(E, tiles.columns)
     blocks = 2 * d_blocks + e_blocks
     cut = _cut(q, cu_seqlens, blocks)
-    dq, dk, dv = _new_tokens(q, D), _new_tokens(q, D), _new_tokens(q, E)
+    dq, dk, dv = (q.new_empty(batch, tokens, heads, width) for width in (D, D, E))
     q, k, v, do = _aligned(q), _aligned(k), _aligned(v), _aligned(do)
     states: list[Tensor | None] = [None, None, None]
     flags = difference = None
@@ -590,8 +607,8 @@ def backward(
         q, k, v, do, dq, dk, dv, _or(difference, dq), _or(log_decay, dq), _or(initial_state, dq),
         _or(dfinal_state, dq), *(_or(state, dq) for state in states), _or(cu_seqlens, dq), _or(flags, dq),
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
-        dk.stride(2), dv.stride(2), scale, tokens, heads, heads // kv_heads,
-        cut.sequences, cut.segment, cut.per_sequence, cut.items, D, E,
+        scale, tokens, heads, heads // kv_heads,
+        cut.sequences, cut.segment, cut.lead, cut.per_sequence, cut.items, D, E,
         *_state_strides(D, E, transposed), batch * tokens * heads,
         DECAY=decay, HAS_INITIAL=initial_state is not None, HAS_DFINAL=dfinal_state is not None,
         STORE_DINITIAL=initial_state is not None, NEED_DIFFERENCE=need_decay,
@@ -603,7 +620,6 @@ def backward(
         dk, dv = (x.unflatten(2, (kv_heads, -1)).sum(3) for x in (dk, dv))
     if difference is not None:
         difference = difference[0].sum(0) - difference[1].sum(0)
-    dq, dk, dv = dq.contiguous(), dk.contiguous(), dv.contiguous()
     return dq, dk, dv, states[2] if initial_state is not None else None, difference
 
 
