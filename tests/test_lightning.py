@@ -165,7 +165,10 @@ def test_step_padding_index() -> None:
         ({"state": torch.zeros(3, 2, 3, 4).mT}, "state: expected a contiguous tensor"),
         ({"state_indices": torch.zeros(2, dtype=torch.int64)}, "state_indices: expected"),
         ({"state_indices": torch.zeros(3)}, "state_indices: expected"),
-        ({"q": torch.zeros(3, 1, 2, 4)}, "q: expected 3 dimensions"),
+        ({"q": torch.zeros(3, 4)}, "q: expected 3 dimensions"),
+        ({"q": torch.zeros(3, 1, 2, 4)}, "k: expected 4 dimensions"),
+        ({"state_layout": "ED"}, r"state: expected \[3, 2, 3, 4\]"),
+        ({"state_layout": "de"}, "state_layout: expected one of"),
     ],
 )
 def test_bad_step(change: dict[str, Any], message: str) -> None:

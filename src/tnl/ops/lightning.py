@@ -1,25 +1,23 @@
-"""Lightning attention: causal linear attention with decay, its contract, its registration and its gradient.
+"""Lightning attention: causal linear attention with decay; its contract and the checks that keep it.
 
 Dimensions: B batch, T tokens, H key/value heads, Hq query heads (a multiple of H), D key width, E value width,
-N sequences (N = B, or the number of packed sequences when B = 1), P rows of a pool of states.
+N sequences (N = B, or the number of packed sequences when B = 1), S tokens in a step, P rows of a pool of states.
 
 Sources: Lightning Attention-2 (arXiv 2401.04658), Various Lengths, Constant Speed (arXiv 2405.17381).
 """
 
-import importlib.util
 import itertools
-import os
-from types import ModuleType
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tnl.ops import lightning_torch
+from tnl.ops import lightning_registration as registered
+from tnl.ops.backends import DTYPES, autocast_enabled
+from tnl.ops.backends import resolve_backend as _resolve_backend
 
-BACKENDS = ("auto", "torch", "triton")
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+STATE_LAYOUTS = ("DE", "ED")
 
 
 def lightning_attention(
@@ -32,6 +30,7 @@ def lightning_attention(
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    state_layout: str = "DE",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Causal linear attention with decay, at a cost per token that does not depend on the number of tokens.
@@ -52,6 +51,8 @@ def lightning_attention(
         cu_seqlens: ``[N + 1]`` int32 or int64: sequence ``n`` of a packed row (B = 1) is
             ``cu_seqlens[n]:cu_seqlens[n + 1]``. Starts at 0, does not decrease (a sequence may be empty), ends
             at T. A CUDA tensor is read once to check this, at its first use.
+        state_layout: ``"DE"``, or ``"ED"`` where initial and final states are ``[N, Hq, E, D]``, as some engines
+            keep them. Neither costs a copy.
         backend: ``"torch"``, ``"triton"``, or ``"auto"``: Triton on a GPU that can run it, PyTorch elsewhere.
 
     Returns:
@@ -59,7 +60,8 @@ def lightning_attention(
         float64 inputs) or None. Differentiable once in q, k, v, log_decay and initial_state.
 
     float32 products on a GPU are exact to float32, or use TF32 where ``torch.set_float32_matmul_precision`` allows
-    it for PyTorch's own. The state is always accumulated in float32 or wider, decay in log space.
+    it for PyTorch's own. The state is always accumulated in float32 or wider, decay in log space. Under
+    ``torch.autocast`` q, k and v take its dtype, as the operands of a matrix product do; states and decay do not.
 
     The gradient of log_decay is a sum of differences of larger terms: its relative error grows with T, and with
     float16 or bfloat16 inputs it is far larger than that of the other gradients (docs/operator.md).
@@ -67,19 +69,55 @@ def lightning_attention(
     Raises:
         ValueError: An argument's shape, dtype, device, strides or value does not fit; the message names it.
     """
+    if autocast_enabled(q):
+        q, k, v = _autocast(q, k, v)
     _check_tokens(q, k, v, rank=4)
-    _check_decay(log_decay, q)
-    sequences = q.shape[0]
+    if log_decay is not None:
+        _check_decay(log_decay, q)
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, q)
-        sequences = cu_seqlens.shape[0] - 1
+    transposed = _is_transposed(state_layout)
     if initial_state is not None:
-        _check_state("initial_state", initial_state, (sequences, q.shape[2], q.shape[3], v.shape[3]), q)
-    name = _resolve_backend(backend, q)
-    o, final_state = torch.ops.tnl.lightning_attention(
-        q, k, v, log_decay, initial_state, cu_seqlens, scale, return_final_state, name
-    )
+        sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        matrix = (v.shape[3], q.shape[3]) if transposed else (q.shape[3], v.shape[3])
+        _check_state("initial_state", initial_state, (sequences, q.shape[2], *matrix), q)
+    o, final_state = registered.attention(
+        q, k, v, log_decay, initial_state, cu_seqlens, scale, return_final_state, _resolve_backend(backend, q),
+        transposed,
+    )  # fmt: skip
     return o, final_state if return_final_state else None
+
+
+@overload
+def lightning_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    *,
+    scale: float = 1.0,
+    state_indices: Tensor | None = None,
+    state_layout: str = "DE",
+    return_states: Literal[False] = False,
+    backend: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def lightning_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    *,
+    scale: float = 1.0,
+    state_indices: Tensor | None = None,
+    state_layout: str = "DE",
+    return_states: Literal[True],
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
 
 
 def lightning_attention_step(
@@ -91,29 +129,44 @@ def lightning_attention_step(
     *,
     scale: float = 1.0,
     state_indices: Tensor | None = None,
+    state_layout: str = "DE",
+    return_states: bool = False,
     backend: str = "auto",
-) -> Tensor:
-    """One token for each of N sequences; the decoding form of :func:`lightning_attention`. Not differentiable.
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The next token, or the next few, of each of N sequences: :func:`lightning_attention` for decoding.
+
+    Several tokens at once serve speculative decoding. The state moves on by all of them; with ``return_states`` a
+    draft of which only the first ``a[n] >= 1`` tokens were accepted is undone by
+    ``state[state_indices] = states[arange(N), a - 1]``. Nothing needs to be copied where ``states.flatten(0, 1)`` is
+    the pool of the next call, with ``state_indices = arange(N) * S + a - 1``.
 
     Args:
-        q: ``[N, Hq, D]``.
-        k: ``[N, H, D]``.
-        v: ``[N, H, E]``.
-        log_decay: None, ``[Hq]``, or ``[N, Hq]``.
-        state: ``[P, Hq, D, E]`` float32 (float64 with float64 inputs), contiguous; updated in place.
+        q: ``[N, Hq, D]``, or ``[N, S, Hq, D]`` for S tokens; ``k`` and ``v`` alike.
+        k: ``[N, H, D]`` or ``[N, S, H, D]``.
+        v: ``[N, H, E]`` or ``[N, S, H, E]``.
+        log_decay: None, ``[Hq]``, or one a token, ``[N, Hq]`` or ``[N, S, Hq]``.
+        state: ``[P, Hq, D, E]`` float32 (float64 with float64 inputs), updated in place. Rows and heads may lie
+            apart; each state is contiguous.
         scale: Factor on the output.
         state_indices: ``[N]`` int32 or int64, the row of ``state`` of each sequence, each row at most once;
-            a negative index is padding: no state changes and its output is zero. None: row n, and P = N.
+            a negative index is padding: no state changes, its output and ``states`` are zero. None: row n, and
+            P = N.
+        state_layout: ``"DE"``, or ``"ED"`` where ``state`` and ``states`` have ``[E, D]`` for ``[D, E]``.
+        return_states: Return the state after each token too.
         backend: As in :func:`lightning_attention`.
 
     Returns:
-        ``o [N, Hq, E]`` in the dtype of ``q``.
+        ``o`` in the shape of ``q`` with E for D and in its dtype, or ``(o, states)`` with ``return_states``:
+        ``states [N, S, Hq, D, E]``, S = 1 for inputs without S. Not differentiable.
 
     Raises:
         ValueError: An argument does not fit; the message names it.
     """
-    _check_tokens(q, k, v, rank=3)
-    _check_decay(log_decay, q)
+    if autocast_enabled(q):
+        q, k, v = _autocast(q, k, v)
+    _check_tokens(q, k, v, rank=4 if q.dim() == 4 else 3)
+    if log_decay is not None:
+        _check_decay(log_decay, q)
     rows = q.shape[0]
     if state_indices is not None:
         if state_indices.shape != (rows,) or state_indices.dtype not in (torch.int32, torch.int64):
@@ -121,15 +174,26 @@ def lightning_attention_step(
         if state_indices.device != q.device:
             raise ValueError(f"state_indices: expected device {q.device}, got {state_indices.device}")
         rows = state.shape[0] if state.dim() else 0
-    _check_state("state", state, (rows, q.shape[1], q.shape[2], v.shape[2]), q)
-    if not state.is_contiguous():
-        raise ValueError(f"state: expected a contiguous tensor, got strides {state.stride()}")
-    return torch.ops.tnl.lightning_attention_step(
-        q, k, v, log_decay, state, scale, state_indices, _resolve_backend(backend, q)
+    matrix = (v.shape[-1], q.shape[-1]) if (transposed := _is_transposed(state_layout)) else (q.shape[-1], v.shape[-1])
+    _check_state("state", state, (rows, q.shape[-2], *matrix), q)
+    if state.stride(3) != 1 or state.stride(2) != matrix[1]:
+        raise ValueError(f"state: expected a contiguous tensor {list(matrix)} a head, got strides {state.stride()}")
+    states = None
+    if return_states:
+        states = state.new_empty(q.shape[0], q.shape[1] if q.dim() == 4 else 1, *state.shape[1:])
+    o = registered.step(
+        q, k, v, log_decay, state, scale, state_indices, _resolve_backend(backend, q), transposed, states
     )
+    return o if states is None else (o, states)
 
 
 # --- Validation ------------------------------------------------------------------------------------------------
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What autocast makes of the operands of a matrix product: its dtype, unless they are float64."""
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
 def _describe(x: Tensor) -> str:
@@ -137,6 +201,25 @@ def _describe(x: Tensor) -> str:
 
 
 def _check_tokens(q: Tensor, k: Tensor, v: Tensor, rank: int) -> None:
+    """One condition, which is enough, on the way of every call; the checks that name what is wrong only behind it."""
+    of_q, of_k, of_v, dtype, device = q.shape, k.shape, v.shape, q.dtype, q.device
+    if (
+        len(of_q) == len(of_k) == len(of_v) == rank
+        and of_k[:-2] == of_q[:-2] == of_v[:-2]
+        and of_k[-1] == of_q[-1]
+        and of_k[-2] == of_v[-2]
+        and not (0 in of_q or 0 in of_v)
+        and of_q[-2] % of_k[-2] == 0
+        and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+        and dtype in DTYPES
+        and k.dtype == v.dtype == dtype
+        and k.device == v.device == device
+    ):
+        return
+    _explain_tokens(q, k, v, rank)
+
+
+def _explain_tokens(q: Tensor, k: Tensor, v: Tensor, rank: int) -> None:
     dims = "[B, T, heads, width]" if rank == 4 else "[N, heads, width]"
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != rank:
@@ -164,6 +247,7 @@ def _check_tokens(q: Tensor, k: Tensor, v: Tensor, rank: int) -> None:
 
 
 def _check_decay(log_decay: Tensor | None, q: Tensor) -> None:
+    """All but the values, which the operator itself checks where it can (:mod:`tnl.ops.lightning_registration`)."""
     if log_decay is None:
         return
     heads = q.shape[-2]
@@ -176,8 +260,12 @@ def _check_decay(log_decay: Tensor | None, q: Tensor) -> None:
         raise ValueError(f"log_decay: expected float32 or float64, got {log_decay.dtype}")
     if log_decay.device != q.device:
         raise ValueError(f"log_decay: expected the device of q, {q.device}, got {log_decay.device}")
-    if not torch.compiler.is_compiling() and log_decay.device.type == "cpu" and bool((log_decay > 0).any()):
-        raise ValueError(f"log_decay: expected values of at most 0, got {log_decay.max().item():.6g}")
+
+
+def _is_transposed(state_layout: str) -> bool:
+    if state_layout not in STATE_LAYOUTS:
+        raise ValueError(f"state_layout: expected one of {STATE_LAYOUTS}, got {state_layout!r}")
+    return state_layout == "ED"
 
 
 def _check_state(name: str, state: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
@@ -208,251 +296,3 @@ def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
         shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-3:]]
         raise ValueError(f"cu_seqlens: expected values that rise from 0 to T = {tokens}, got {shown}")
     _checked_cu_seqlens[cu_seqlens] = seen
-
-
-# --- Backends --------------------------------------------------------------------------------------------------
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _resolve_backend(backend: str, q: Tensor) -> str:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
-    if backend == "torch":
-        return backend
-    if backend == "auto":
-        return "triton" if q.is_cuda and q.dtype != torch.float64 and _triton_installed() else "torch"
-    if q.dtype == torch.float64:
-        raise ValueError("backend: 'triton' serves float32, float16 and bfloat16, got float64 inputs; use 'torch'")
-    if not _triton_installed():
-        raise ValueError("backend: 'triton' needs the package triton, which is not installed; use 'torch'")
-    if not q.is_cuda and not _interpreted():
-        raise ValueError(f"backend: 'triton' needs CUDA tensors, got device {q.device}; use 'torch'")
-    return backend
-
-
-def _triton_installed() -> bool:
-    global _has_triton
-    if _has_triton is None:
-        _has_triton = importlib.util.find_spec("triton") is not None
-    return _has_triton
-
-
-_has_triton: bool | None = None
-
-
-def _implementation(backend: str) -> ModuleType:
-    if backend == "torch":
-        return lightning_torch
-    from tnl.ops import lightning_triton
-
-    return lightning_triton
-
-
-# --- Registration: schema, implementation, fake, gradient ------------------------------------------------------
-
-torch.library.define(
-    "tnl::lightning_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state, Tensor? cu_seqlens, float scale, "
-    "bool return_final_state, str backend) -> (Tensor, Tensor)",
-)
-torch.library.define(
-    "tnl::lightning_attention_backward",
-    "(Tensor do, Tensor? dfinal_state, Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? initial_state, "
-    "Tensor? final_state, Tensor? cu_seqlens, float scale, bool need_decay, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-torch.library.define(
-    "tnl::lightning_attention_step",
-    "(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor(a!) state, float scale, Tensor? state_indices, "
-    "str backend) -> Tensor",
-)
-
-
-def _state_shape(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> tuple[Any, ...]:
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return sequences, q.shape[2], q.shape[3], v.shape[3]
-
-
-def _new_state(q: Tensor, shape: tuple[Any, ...]) -> Tensor:
-    return torch.empty(shape, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-
-
-@torch.library.impl("tnl::lightning_attention", "default")
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    return_final_state: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    o, final_state = _implementation(backend).forward(
-        q, k, v, log_decay, initial_state, cu_seqlens, scale, return_final_state
-    )
-    return o, final_state if return_final_state else _new_state(q, (0,))
-
-
-@torch.library.register_fake("tnl::lightning_attention")
-def _forward_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    return_final_state: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    o = q.new_empty(*q.shape[:-1], v.shape[-1])
-    return o, _new_state(q, _state_shape(q, v, cu_seqlens) if return_final_state else (0,))
-
-
-@torch.library.impl("tnl::lightning_attention_backward", "default")
-def _backward(
-    do: Tensor,
-    dfinal_state: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    final_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    need_decay: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv, dinitial_state, difference = _implementation(backend).backward(
-        do, dfinal_state, q, k, v, log_decay, initial_state, cu_seqlens, scale, need_decay
-    )
-    none = _new_state(q, (0,))
-    dlog_decay = none
-    if need_decay:
-        assert log_decay is not None
-        final_term = None
-        if dfinal_state is not None and final_state is not None:
-            final_term = (final_state * dfinal_state).sum((-1, -2))
-        dlog_decay = _decay_gradient(difference, final_term, log_decay, cu_seqlens)
-    return dq, dk, dv, dlog_decay, none if initial_state is None else dinitial_state
-
-
-def _decay_gradient(
-    difference: Tensor, final_term: Tensor | None, log_decay: Tensor, cu_seqlens: Tensor | None
-) -> Tensor:
-    """Gradient of the log decay from ``q . dq - k . dk`` ``[B, T, Hq]`` and ``<S_T, dS_T>`` ``[N, Hq]``.
-
-    Every weight is ``exp(L_t - L_s)`` with L the running sum of the log decay, so ``dL_t = q_t . dq_t - k_t . dk_t``,
-    to which the final state adds its own term at the last token; a log decay's gradient is the sum of the dL from its
-    token to the end of the sequence. Summed in float64, since packed sequences are cut out of one running sum.
-    """
-    sums = difference.double().flip(1).cumsum(1).flip(1)
-    if cu_seqlens is None:
-        if final_term is not None:
-            sums = sums + final_term.double()[:, None]
-    else:
-        tokens = difference.shape[1]
-        sequence = torch.bucketize(torch.arange(tokens, device=sums.device), cu_seqlens[1:].long(), right=True)
-        after = torch.cat([sums, torch.zeros_like(sums[:, :1])], dim=1)[0, cu_seqlens[1:].long()]
-        correction = -after if final_term is None else final_term.double() - after
-        sums = sums + correction[sequence]
-    if log_decay.dim() == 1:
-        sums = sums.sum((0, 1))
-    return sums.to(log_decay.dtype)
-
-
-@torch.library.register_fake("tnl::lightning_attention_backward")
-def _backward_fake(
-    do: Tensor,
-    dfinal_state: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    final_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    need_decay: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    dlog_decay = log_decay.new_empty(log_decay.shape) if need_decay and log_decay is not None else _new_state(q, (0,))
-    return (
-        dq,
-        dk,
-        dv,
-        dlog_decay,
-        _new_state(q, (0,) if initial_state is None else _state_shape(q, v, cu_seqlens)),
-    )
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, log_decay, initial_state, cu_seqlens, scale, return_final_state, backend = inputs
-    ctx.need_decay = log_decay is not None and log_decay.requires_grad
-    final_state = output[1] if ctx.need_decay and return_final_state else None
-    ctx.save_for_backward(q, k, v, log_decay, initial_state, final_state, cu_seqlens)
-    ctx.scale, ctx.return_final_state, ctx.backend = scale, return_final_state, backend
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, do: Tensor | None, dfinal_state: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, log_decay, initial_state, final_state, cu_seqlens = ctx.saved_tensors
-    if not ctx.return_final_state:
-        dfinal_state = None
-    if do is None:  # only the final state was used
-        do = q.new_zeros(*q.shape[:-1], v.shape[-1])
-    elif do.stride(-1) != 1:
-        do = do.contiguous()
-    dq, dk, dv, dlog_decay, dinitial_state = torch.ops.tnl.lightning_attention_backward(
-        do, dfinal_state, q, k, v, log_decay, initial_state, final_state, cu_seqlens, ctx.scale, ctx.need_decay,
-        ctx.backend,
-    )  # fmt: skip
-    return (
-        dq,
-        dk,
-        dv,
-        dlog_decay if ctx.need_decay else None,
-        None if initial_state is None else dinitial_state,
-        None,
-        None,
-        None,
-        None,
-    )
-
-
-torch.library.register_autograd("tnl::lightning_attention", _differentiate, setup_context=_save_for_backward)
-
-
-@torch.library.impl("tnl::lightning_attention_step", "default")
-def _step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    scale: float,
-    state_indices: Tensor | None,
-    backend: str,
-) -> Tensor:
-    return _implementation(backend).step(q, k, v, log_decay, state, scale, state_indices)
-
-
-@torch.library.register_fake("tnl::lightning_attention_step")
-def _step_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    scale: float,
-    state_indices: Tensor | None,
-    backend: str,
-) -> Tensor:
-    return q.new_empty(*q.shape[:-1], v.shape[-1])

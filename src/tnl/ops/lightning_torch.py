@@ -253,19 +253,34 @@ def step(
     state: Tensor,
     scale: float,
     indices: Tensor | None,
+    transposed: bool = False,
+    states: Tensor | None = None,
 ) -> Tensor:
-    """One token for each of N rows; ``state`` is updated in place. Shapes as in ``lightning_attention_step``."""
-    heads = q.shape[1]
-    k, v = (x.repeat_interleave(heads // x.shape[1], dim=1).to(state.dtype) for x in (k, v))
-    loss = 0.0 if log_decay is None else log_decay.to(state.dtype).expm1()[..., None, None]
-    update = k[..., :, None] * v[..., None, :]
+    """One token, or several, for each of N rows; ``state`` and ``states`` are written in place.
+
+    Shapes as in :func:`tnl.ops.lightning_attention_step`.
+    """
+    if q.dim() == 3:
+        decay = log_decay if log_decay is None or log_decay.dim() == 1 else log_decay[:, None]
+        return step(q[:, None], k[:, None], v[:, None], decay, state, scale, indices, transposed, states)[:, 0]
+    if transposed:
+        state, states = state.mT, None if states is None else states.mT
+    heads = q.shape[2]
+    o = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
+    k, v = (x.repeat_interleave(heads // x.shape[2], dim=2).to(state.dtype) for x in (k, v))
+    loss = state.new_zeros(heads) if log_decay is None else log_decay.to(state.dtype).expm1()
+    loss = loss.expand(q.shape[:-1])[..., None, None]
+    new = state if indices is None else state[indices.clamp(min=0).long()]
+    for t in range(q.shape[1]):
+        new = new + (new * loss[:, t] + k[:, t, :, :, None] * v[:, t, :, None, :])
+        o[:, t] = scale * (q[:, t, :, None].to(state.dtype) @ new).squeeze(-2)
+        if states is not None:
+            states[:, t] = new
     if indices is None:
-        new = state.add_(state * loss + update)
-    else:
-        used = indices >= 0  # a negative index is padding: its output is zero and no state changes
-        rows = indices.clamp(min=0).long()
-        new = state[rows]
-        new += new * loss + update
-        state.index_copy_(0, rows[used], new[used])
-        q = q * used[:, None, None]
-    return (scale * (q.to(state.dtype)[..., None, :] @ new).squeeze(-2)).to(q.dtype)
+        state.copy_(new)
+        return o
+    padding = indices < 0  # its output is zero and no state changes
+    state.index_copy_(0, indices[~padding].long(), new[~padding])
+    if states is not None:
+        states.masked_fill_(padding[:, None, None, None, None], 0.0)
+    return o.masked_fill_(padding[:, None, None, None], 0.0)

@@ -58,6 +58,20 @@ def choose_tiles(
     return Tiles(64, min(width, 64), 4, 2 if per_token or tokens <= 1024 else 4)
 
 
+@dataclass(frozen=True)
+class StepTiles:
+    """Launch of one step: columns of the state a program owns, warps, whether the state bypasses the cache."""
+
+    columns: int
+    warps: int
+    stream: bool
+
+
+def choose_step_tiles(heads: int, columns: int) -> StepTiles:
+    """Tiles of a step for ``heads`` states in all, of so many columns each."""
+    return StepTiles(min(32, _padded(columns)), 4, False)
+
+
 MIN_SEGMENT = 256
 LEAD = 0.45  # time to sum up a segment's state, of the time to walk it (measured on an H100)
 
@@ -420,37 +434,63 @@ def _backward_kernel(
 
 @triton.jit(do_not_specialize=["Hq", "group"])
 def _step_kernel(
-    Q, K, V, OUT, LOG_DECAY, STATE, INDICES, q_row, q_head, k_row, k_head, v_row, v_head, decay_row,
-    scale, Hq, group, D, E,
-    DECAY: tl.constexpr, INDEXED: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    Q, K, V, OUT, LOG_DECAY, STATE, STATES, INDICES,
+    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, decay_row, decay_token,
+    pool_row, pool_head, scale, tokens, Hq, group, D, E, state_row, state_column,
+    DECAY: tl.constexpr, INDEXED: tl.constexpr, STORE_STATES: tl.constexpr, STREAM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """One token: ``S <- exp(g) S + k v^T`` in place and ``o = scale * q S``, for some columns of one head's state."""
+    """``S <- exp(g) S + k v^T`` in place and ``o = scale * q S``, token by token, for some columns of a head's state.
+
+    One token is compiled without the loop, since Triton makes constants of arguments that are 1.
+    """
     blocks = tl.cdiv(E, BLOCK_E)
     column_block = tl.program_id(0) % blocks
-    head = (tl.program_id(0) // blocks) % Hq
+    head = ((tl.program_id(0) // blocks) % Hq).to(tl.int64)
     row = (tl.program_id(0) // (blocks * Hq)).to(tl.int64)
+    key_head = head // group
     inner = tl.arange(0, BLOCK_D)
     columns = column_block * BLOCK_E + tl.arange(0, BLOCK_E)
-    OUT += (row * Hq + head) * E + columns
+    mask = (inner < D)[:, None] & (columns < E)[None, :]
+    at = inner[:, None] * state_row + columns[None, :] * state_column
+    OUT += (row * tokens * Hq + head) * E + columns
+    STATES += (row * tokens * Hq + head) * D * E + at
     slot = row
     if INDEXED:
         slot = tl.load(INDICES + row).to(tl.int64)
         if slot < 0:
-            tl.store(OUT, tl.zeros([BLOCK_E], OUT.dtype.element_ty), columns < E)
+            for _ in range(tokens):
+                tl.store(OUT, tl.zeros([BLOCK_E], OUT.dtype.element_ty), columns < E)
+                OUT += Hq * E
+                if STORE_STATES:
+                    tl.store(STATES, tl.zeros([BLOCK_D, BLOCK_E], tl.float32), mask)
+                    STATES += Hq.to(tl.int64) * D * E
             return
-    at = STATE + (slot * Hq + head) * D * E + inner[:, None] * E + columns[None, :]
-    mask = (inner < D)[:, None] & (columns < E)[None, :]
-    state = tl.load(at, mask, 0.0)
-    q = tl.load(Q + row * q_row + head.to(tl.int64) * q_head + inner, inner < D, 0.0).to(tl.float32)
-    k = tl.load(K + row * k_row + (head // group).to(tl.int64) * k_head + inner, inner < D, 0.0).to(tl.float32)
-    v = tl.load(V + row * v_row + (head // group).to(tl.int64) * v_head + columns, columns < E, 0.0).to(tl.float32)
-    update = k[:, None] * v[None, :]
-    if DECAY:
-        update += state * _loss(tl.load(LOG_DECAY + row * decay_row + head))
-    state += update
-    tl.store(at, state, mask)
-    o = scale * tl.sum(state * q[:, None], 0)
-    tl.store(OUT, o.to(OUT.dtype.element_ty), columns < E)
+    STATE += slot * pool_row + head * pool_head + at
+    Q += row * q_row + head * q_head + inner
+    K += row * k_row + key_head * k_head + inner
+    V += row * v_row + key_head * v_head + columns
+    LOG_DECAY += row * decay_row + head
+    state = tl.load(STATE, mask, 0.0, eviction_policy="evict_first" if STREAM else "")
+    for _ in range(tokens):
+        q = tl.load(Q, inner < D, 0.0).to(tl.float32)
+        k = tl.load(K, inner < D, 0.0).to(tl.float32)
+        v = tl.load(V, columns < E, 0.0).to(tl.float32)
+        update = k[:, None] * v[None, :]
+        if DECAY:
+            update += state * _loss(tl.load(LOG_DECAY))
+        state += update
+        o = scale * tl.sum(state * q[:, None], 0)
+        tl.store(OUT, o.to(OUT.dtype.element_ty), columns < E)
+        if STORE_STATES:
+            tl.store(STATES, state, mask)
+            STATES += Hq.to(tl.int64) * D * E
+        OUT += Hq * E
+        Q += q_token
+        K += k_token
+        V += v_token
+        LOG_DECAY += decay_token
+    tl.store(STATE, state, mask, cache_modifier=".cs" if STREAM else "")
 
 
 # --- Launches ---------------------------------------------------------------------------------------------------
@@ -624,19 +664,36 @@ def backward(
 
 
 def step(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor, scale: float, indices: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    scale: float,
+    indices: Tensor | None,
+    transposed: bool = False,
+    states: Tensor | None = None,
 ) -> Tensor:
-    """One token for each of N rows; ``state`` is updated in place. Shapes as in ``lightning_attention_step``."""
-    rows, heads, D = q.shape
-    E = v.shape[-1]
-    o = torch.empty(rows, heads, E, dtype=q.dtype, device=q.device)
+    """One token, or several, for each of N rows; ``state`` and ``states`` are written in place.
+
+    Shapes as in :func:`tnl.ops.lightning_attention_step`.
+    """
+    several = q.dim() == 4
+    rows, heads, D = q.shape[0], q.shape[-2], q.shape[-1]
+    tokens, E = q.shape[1] if several else 1, v.shape[-1]
+    o = torch.empty(*q.shape[:-1], E, dtype=q.dtype, device=q.device)
+    decay_strides = (0, 0)
     if log_decay is not None:
         log_decay = log_decay.float().contiguous()
-    decay_row = heads if log_decay is not None and log_decay.dim() == 2 else 0
-    block = min(32, _padded(E))
-    _step_kernel[(rows * heads * triton.cdiv(E, block),)](
-        q, k, v, o, _or(log_decay, o), state, _or(indices, o),
-        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], decay_row, scale, heads, heads // k.shape[1], D, E,
-        DECAY=log_decay is not None, INDEXED=indices is not None, BLOCK_D=_padded(D), BLOCK_E=block, num_warps=4,
+        if log_decay.dim() > 1:
+            decay_strides = (tokens * heads, heads)
+    strides = [s for x in (q, k, v) for s in (x.stride()[:3] if several else (x.stride(0), 0, x.stride(1)))]
+    tiles = choose_step_tiles(rows * heads, E)
+    _step_kernel[(rows * heads * triton.cdiv(E, tiles.columns),)](
+        q, k, v, o, _or(log_decay, o), state, _or(states, state), _or(indices, o), *strides, *decay_strides,
+        state.stride(0), state.stride(1), scale, tokens, heads, heads // k.shape[-2], D, E,
+        *_state_strides(D, E, transposed),
+        DECAY=log_decay is not None, INDEXED=indices is not None, STORE_STATES=states is not None,
+        STREAM=tiles.stream, BLOCK_D=_padded(D), BLOCK_E=tiles.columns, num_warps=tiles.warps,
     )  # fmt: skip
     return o

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tnl.ops.lightning import BACKENDS, DTYPES, _interpreted, _triton_installed
+from tnl.ops.backends import BACKENDS, DTYPES, call_on_device, interpreted, triton_installed
 
 
 def srms_norm(x: Tensor, *, eps: float = 1e-6, backend: str = "auto") -> Tensor:
@@ -62,11 +62,11 @@ def _norm(x: Tensor, gate: Tensor | None, eps: float, backend: str) -> Tensor:
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
     if backend == "auto":
-        fused = x.is_cuda and x.dtype != torch.float64 and not torch.compiler.is_compiling() and _triton_installed()
+        fused = x.is_cuda and x.dtype != torch.float64 and not torch.compiler.is_compiling() and triton_installed()
         backend = "triton" if fused else "torch"
     if backend == "torch":
         return _eager(x, gate, eps)
-    if x.dtype == torch.float64 or not _triton_installed() or not (x.is_cuda or _interpreted()):
+    if x.dtype == torch.float64 or not triton_installed() or not (x.is_cuda or interpreted()):
         raise ValueError(
             "backend: 'triton' needs the package triton and CUDA tensors of float32, float16 or bfloat16, "
             f"got {x.dtype} on {x.device}; use 'torch'"
@@ -88,7 +88,7 @@ torch.library.define("tnl::srms_norm_backward", "(Tensor dy, Tensor x, Tensor? g
 def _forward(x: Tensor, gate: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     from tnl.ops import norm_triton
 
-    return norm_triton.forward(x, gate, eps)
+    return call_on_device(norm_triton.forward, x, gate, eps)
 
 
 @torch.library.register_fake("tnl::srms_norm")
@@ -100,7 +100,7 @@ def _forward_fake(x: Tensor, gate: Tensor | None, eps: float) -> tuple[Tensor, T
 def _backward(dy: Tensor, x: Tensor, gate: Tensor | None, rstd: Tensor) -> tuple[Tensor, Tensor]:
     from tnl.ops import norm_triton
 
-    return norm_triton.backward(dy, x, gate, rstd)
+    return call_on_device(norm_triton.backward, dy, x, gate, rstd)
 
 
 @torch.library.register_fake("tnl::srms_norm_backward")
