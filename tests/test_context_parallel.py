@@ -1,0 +1,229 @@
+"""One sequence over several processes equals the same sequence on one. Tier T2; the kernel T1."""
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.numerics import Case, relative_error
+from tests.ranks import run_ranks
+from tnl.ops import context_parallel, lightning_attention
+from tnl.ops.context_parallel import _log_weights, _sum_up, lightning_attention_context_parallel
+
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="the interpreter stands in only where there is no GPU"
+)
+DECAYS = ["none", "head", "token"]
+PLAIN = Case(B=2, T=24, Hq=4, H=2, D=5, E=3)
+PACKINGS = {
+    "one": (0, 48),
+    "at the borders": (0, 12, 24, 36, 48),
+    "across all": (0, 1, 47, 48),
+    "across some": (0, 5, 30, 40, 48),
+    "empty ones": (0, 0, 5, 12, 12, 24, 24, 24, 36, 48, 48, 48),
+    "short ones": tuple(range(49)),
+}
+
+
+def whole(case: Case, inputs: dict[str, Any], with_states: bool) -> dict[str, Tensor]:
+    """Outputs and gradients of one process, by name."""
+    return _call(case, inputs, with_states, lightning_attention)
+
+
+def _call(case: Case, inputs: dict[str, Any], with_states: bool, operator: Any, backend: str = "torch") -> Any:
+    leaves = {n: inputs[n].detach().clone().requires_grad_() for n in ("q", "k", "v")}
+    if inputs["log_decay"] is not None:
+        leaves["log_decay"] = inputs["log_decay"].detach().clone().requires_grad_()
+    if with_states:
+        leaves["initial_state"] = inputs["initial_state"].detach().clone().requires_grad_()
+    o, final = operator(
+        **leaves, scale=case.scale, return_final_state=with_states, cu_seqlens=inputs["cu_seqlens"], backend=backend
+    )
+    outputs, pulled = [o], [inputs["do"]]
+    if with_states:
+        outputs, pulled = [o, final], [inputs["do"], inputs["dfinal_state"]]
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), pulled)
+    result = {"o": o.detach()} | {f"d{n}": g for n, g in zip(leaves, gradients, strict=True)}
+    return result | ({"final_state": final.detach()} if with_states else {})
+
+
+def compare(case: Case, with_states: bool, cuts: list[int], dtype: torch.dtype, backend: str, bound: float) -> None:
+    """This rank's part of ``case``, cut at ``cuts``, against the whole."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    inputs = case.inputs(dtype)
+    reference = whole(case, {n: _widen(x) for n, x in inputs.items()}, with_states)
+    some = slice(cuts[rank], cuts[rank + 1])
+    per_token = [n for n in inputs if n in ("q", "k", "v", "do") or (n == "log_decay" and case.decay == "token")]
+    part = inputs | {n: inputs[n][:, some] for n in per_token}
+    part["dfinal_state"] = inputs["dfinal_state"] * (rank + 1) / sum(range(1, ranks + 1))  # all ranks' add up
+    actual = _call(case, part, with_states, lightning_attention_context_parallel, backend)
+    for name, expected in reference.items():
+        value = actual[name]
+        if name.removeprefix("d") in per_token or name == "o":
+            expected = expected[:, some]
+        elif name != "final_state":  # what all hold alike: every rank has a share of the gradient
+            dist.all_reduce(value)
+        assert value.isfinite().all(), name
+        if dtype == torch.float64:
+            assert_near(name, value, expected, bound)
+        else:
+            assert relative_error(value, expected) < bound, name
+
+
+def assert_near(name: str, value: Tensor, expected: Tensor, bound: float) -> None:
+    torch.testing.assert_close(value, expected, rtol=bound, atol=bound, msg=lambda message: f"{name}: {message}")
+
+
+def _widen(x: Any) -> Any:
+    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def even(tokens: int) -> list[int]:
+    ranks = dist.get_world_size()
+    return [tokens * r // ranks for r in range(ranks + 1)]
+
+
+def compare_all(with_states: bool) -> None:
+    for decay in DECAYS:
+        for cuts in (even(24), [*[0, 1, 2, 3, 24][: dist.get_world_size()], 24]):
+            compare(replace(PLAIN, decay=decay), with_states, cuts, torch.float64, "torch", 1e-12)
+        for bounds in PACKINGS.values():
+            case = replace(PLAIN, B=1, T=48, decay=decay, bounds=bounds)
+            compare(case, with_states, even(48), torch.float64, "torch", 1e-12)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("with_states", [False, True])
+def test_ranks_equal_one_process(ranks: int, with_states: bool) -> None:
+    run_ranks(ranks, compare_all, with_states)
+
+
+def compare_kernels() -> None:
+    for decay in DECAYS:
+        case = Case(B=1, T=40, Hq=2, H=1, D=20, E=12, decay=decay, bounds=(0, 10, 30, 40))
+        compare(case, True, even(40), torch.float32, "triton", 1e-5)
+
+
+@interpreted
+def test_kernels_between_ranks() -> None:
+    run_ranks(2, compare_kernels)
+
+
+@interpreted
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_kernel_that_sums_up_a_state(
+    decay: str, before: bool, monkeypatch: pytest.MonkeyPatch, nan_filled_memory: None
+) -> None:
+    """Several segments, the last one shorter, some beyond the reach of a strong decay; grouped heads; odd widths."""
+    from tnl.ops import context_parallel_triton
+
+    monkeypatch.setattr(context_parallel_triton, "SHORTEST_SEGMENT", 64)
+    monkeypatch.setattr(context_parallel_triton, "MOST_SEGMENTS", 3)
+    inputs = Case(B=1, T=150, Hq=2, H=1, D=20, E=36, decay=decay).inputs(torch.float32)
+    log_decay = inputs["log_decay"]
+    if decay == "head":
+        log_decay[0] = -3.0
+    weight, total = _log_weights(log_decay, slice(0, 150), before, inputs["q"])
+    assert total.shape == (1, 2)
+    for y, z in (("k", "v"), ("q", "do")):
+        expected = _sum_up(inputs[y].double(), inputs[z].double(), weight.double(), before, 2, "torch")
+        assert relative_error(_sum_up(inputs[y], inputs[z], weight, before, 2, "triton"), expected) < 1e-6
+        assert relative_error(_sum_up(inputs[y], inputs[z], weight, before, 2, "torch"), expected) < 1e-6
+
+
+def strong_decay() -> None:
+    """Nothing of the state that enters is left, and nothing overflows."""
+    case = replace(PLAIN, decay="head")
+    inputs = case.inputs(torch.float64)
+    inputs["log_decay"] = torch.tensor([-800.0, -100.0, -1e-8, 0.0], dtype=torch.float64)
+    expected, _ = lightning_attention(inputs["q"], inputs["k"], inputs["v"], inputs["log_decay"])
+    cuts = even(24)
+    some = slice(cuts[dist.get_rank()], cuts[dist.get_rank() + 1])
+    part = [inputs[n][:, some] for n in ("q", "k", "v")]
+    o, final_state = lightning_attention_context_parallel(*part, inputs["log_decay"])
+    torch.testing.assert_close(o, expected[:, some], rtol=1e-12, atol=1e-12)
+    assert final_state is None
+
+
+def sent_bytes() -> None:
+    """What one rank hands to collectives, forward and backward, at two lengths; one exchange each way."""
+    sent: list[int] = []
+    all_gather = context_parallel._all_gather
+
+    def counted(received: Tensor, part: Tensor, **options: Any) -> Any:
+        sent.append(part.nbytes)
+        return all_gather(received, part, **options)
+
+    context_parallel._all_gather = counted
+    for tokens in (3, 300):
+        inputs = Case(B=2, T=tokens, Hq=4, H=2, D=5, E=3).inputs(torch.float32)
+        leaves = [inputs[n].requires_grad_() for n in ("q", "k", "v")]
+        lightning_attention_context_parallel(*leaves, inputs["log_decay"])[0].sum().backward()
+    assert sent == [2 * 4 * (5 * 3 + 1) * 4] * 4
+
+
+def documents_apart() -> None:
+    """The gradient of one document's outputs is zero, exactly, at every token of the others, on all ranks."""
+    bounds, planted = [0, 20, 30, 48], 1
+    inputs = replace(PLAIN, B=1, T=48, bounds=tuple(bounds)).inputs(torch.float64)
+    first = dist.get_rank() * 48 // dist.get_world_size()
+    tokens = torch.arange(first, first + 48 // dist.get_world_size())
+    chosen = (tokens >= bounds[planted]) & (tokens < bounds[planted + 1])
+    leaves = [inputs[n][:, tokens].requires_grad_() for n in ("q", "k", "v")]
+    o, _ = lightning_attention_context_parallel(*leaves, inputs["log_decay"], cu_seqlens=inputs["cu_seqlens"])
+    for leaf, gradient in zip(leaves, torch.autograd.grad(o[:, chosen].sum(), leaves), strict=True):
+        assert (gradient[:, ~chosen] == 0).all()
+        assert (gradient[:, chosen] != 0).any() or not chosen.any()
+        assert leaf.shape == gradient.shape
+
+
+def groups_of_two() -> None:
+    """Ranks 0, 1 and ranks 2, 3 hold two different sequences."""
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    mine = dist.get_rank() // 2
+    inputs = PLAIN.inputs(torch.float64, seed=mine)
+    expected, _ = lightning_attention(inputs["q"], inputs["k"], inputs["v"], inputs["log_decay"])
+    some = slice(0, 12) if dist.get_rank() % 2 == 0 else slice(12, 24)
+    part = [inputs[n][:, some] for n in ("q", "k", "v")]
+    o, _ = lightning_attention_context_parallel(*part, inputs["log_decay"], group=groups[mine])
+    torch.testing.assert_close(o, expected[:, some], rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="group: expected a group that this process is a member of"):
+        lightning_attention_context_parallel(*part, group=groups[1 - mine])
+
+
+def bad_arguments() -> None:
+    x = PLAIN.inputs(torch.float32)
+    q, k, v = x["q"][:1], x["k"][:1], x["v"][:1]
+    for cu_seqlens, message in (
+        (torch.tensor([0, 24]), r"expected values that rise from 0 to 48 \(2 ranks with T = 24\), got \[0, 24\]"),
+        (torch.tensor([0, 30, 20, 48]), "rise from 0 to 48"),
+        (torch.tensor([0.0, 48.0]), "cu_seqlens: expected .* of int32 or int64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lightning_attention_context_parallel(q, k, v, cu_seqlens=cu_seqlens)
+    with pytest.raises(ValueError, match=r"initial_state: expected \[1, 4, 5, 3\]"):
+        lightning_attention_context_parallel(q, k, v, initial_state=torch.zeros(2, 4, 5, 3))
+    with pytest.raises(ValueError, match=r"packed sequences need a batch of 1"):
+        lightning_attention_context_parallel(x["q"], x["k"], x["v"], cu_seqlens=torch.tensor([0, 48]))
+    with pytest.raises(ValueError, match="v: expected 2 heads"):
+        lightning_attention_context_parallel(q, k, v[:, :, :1])
+
+
+@pytest.mark.parametrize(
+    ("ranks", "function"),
+    [(2, strong_decay), (2, sent_bytes), (4, documents_apart), (4, groups_of_two), (2, bad_arguments)],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_between_ranks(ranks: int, function: Any) -> None:
+    run_ranks(ranks, function)
+
+
+def test_without_a_process_group() -> None:
+    x = PLAIN.inputs(torch.float32)
+    with pytest.raises(ValueError, match="group: expected a process group"):
+        lightning_attention_context_parallel(x["q"], x["k"], x["v"])
