@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 from tests.numerics import Case
@@ -93,6 +94,15 @@ def test_opcheck(case: Case) -> None:
     state = torch.randn(5, 2, 4, 3)
     step = (torch.randn(3, 2, 4), torch.randn(3, 2, 4), torch.randn(3, 2, 3), -torch.rand(2), state, 0.7)
     torch.library.opcheck(torch.ops.tnl.lightning_attention_step, (*step, torch.tensor([4, -1, 0]), "torch"))
+    x["initial_state"] = x["initial_state"].detach().mT.contiguous()
+    torch.library.opcheck(torch.ops.tnl.lightning_attention, (*x.values(), 0.7, True, "torch", True))
+
+
+def test_opcheck_several_tokens() -> None:
+    q, k, v = (torch.randn(3, 4, 2, width) for width in (5, 5, 6))
+    state, states = torch.randn(3, 2, 6, 5), torch.empty(3, 4, 2, 6, 5)
+    arguments = (q, k, v, -torch.rand(3, 4, 2), state, 0.7, None, "torch", True, states)
+    torch.library.opcheck(torch.ops.tnl.lightning_attention_step, arguments)
 
 
 def test_compile_without_graph_break() -> None:
@@ -178,3 +188,249 @@ def test_bad_step(change: dict[str, Any], message: str) -> None:
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         lightning_attention_step(**(x | change))
+
+
+def test_states_may_lie_apart() -> None:
+    """Rows of a pool as a server keeps them: pages wider than the state."""
+    pool = torch.randn(4, 2 * 3 * 5 + 7)
+    before, state = pool.clone(), pool[:, 3:33].unflatten(1, (2, 3, 5))
+    q, k, v = torch.randn(2, 2, 3), torch.randn(2, 2, 3), torch.randn(2, 2, 5)
+    indices, alone = torch.tensor([3, 0]), state.clone()
+    o = lightning_attention_step(q, k, v, None, state, state_indices=indices)
+    torch.testing.assert_close(o, lightning_attention_step(q, k, v, None, alone, state_indices=indices))
+    torch.testing.assert_close(state, alone)
+    assert torch.equal(pool[:, :3], before[:, :3])
+    assert torch.equal(pool[1:3], before[1:3])
+
+
+@pytest.mark.parametrize("layout", ["DE", "ED"])
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("pool", [False, True])
+def test_several_tokens_a_step(per_row: bool, pool: bool, layout: str) -> None:
+    """They are the recurrence, with the state after each token."""
+    N, S, Hq, H, D, E = 3, 4, 4, 2, 5, 6
+    q, k, v = (torch.randn(N, S, h, w, dtype=torch.float64) for h, w in ((Hq, D), (H, D), (H, E)))
+    decay = -torch.rand(*((N, S, Hq) if per_row else (Hq,)), dtype=torch.float64)
+    state = torch.randn(5 if pool else N, Hq, D, E, dtype=torch.float64)
+    indices = torch.tensor([4, 0, 2]) if pool else None
+    rows = indices if indices is not None else torch.arange(N)
+    starts = state[rows]
+    if layout == "ED":
+        state = state.mT.contiguous()
+    o, states = lightning_attention_step(
+        q, k, v, decay, state, scale=0.7, state_indices=indices, state_layout=layout, return_states=True
+    )
+    if layout == "ED":
+        state, states = state.mT, states.mT
+    for tokens in range(1, S + 1):
+        part = decay[:, :tokens] if per_row else decay
+        expected, final = lightning_torch.recurrence(
+            q[:, :tokens], k[:, :tokens], v[:, :tokens], part, scale=0.7, initial_state=starts
+        )
+        torch.testing.assert_close(o[:, :tokens], expected)
+        torch.testing.assert_close(states[:, tokens - 1], final)
+    torch.testing.assert_close(state[rows], states[:, -1])
+
+
+def test_rejected_draft_is_rolled_back() -> None:
+    """Both ways of the docstring: copying the accepted state back, and going on from the returned states."""
+    N, S, H, D = 3, 4, 2, 5
+    g = torch.Generator().manual_seed(0)
+    q, draft, following = (torch.randn(N, S, H, D, generator=g, dtype=torch.float64) for _ in range(3))
+    decay, pool = -torch.rand(H, generator=g).double(), torch.randn(7, H, D, D, generator=g, dtype=torch.float64)
+    rows, accepted = torch.tensor([5, 0, 3]), torch.tensor([1, 4, 2])
+    expected = pool.clone()
+    for n, count in enumerate(accepted.tolist()):
+        lightning_attention_step(
+            q[n : n + 1, :count], draft[n : n + 1, :count], draft[n : n + 1, :count], decay, expected,
+            state_indices=rows[n : n + 1],
+        )  # fmt: skip
+    _, states = lightning_attention_step(q, draft, draft, decay, pool, state_indices=rows, return_states=True)
+    pool[rows] = states[torch.arange(N), accepted - 1]
+    torch.testing.assert_close(pool, expected)
+
+    o = lightning_attention_step(q, following, following, decay, expected, state_indices=rows)
+    going_on = torch.arange(N) * S + accepted - 1
+    actual = lightning_attention_step(
+        q, following, following, decay, states.flatten(0, 1), state_indices=going_on, return_states=True
+    )
+    torch.testing.assert_close(actual[0], o)
+    torch.testing.assert_close(actual[1][:, -1], expected[rows])
+
+
+def test_padding_of_several_tokens() -> None:
+    """A padded row is zero whatever the row of the pool that it does not touch holds."""
+    state = torch.full((2, 1, 3, 3), torch.nan)
+    state[1] = 1.0
+    q = torch.randn(2, 4, 1, 3)
+    indices = torch.tensor([-1, 1])
+    o, states = lightning_attention_step(q, q, q, None, state, state_indices=indices, return_states=True)
+    assert torch.equal(o[0], torch.zeros(4, 1, 3))
+    assert torch.equal(states[0], torch.zeros(4, 1, 3, 3))
+    assert state[0].isnan().all()
+    assert o[1].isfinite().all()
+
+
+@pytest.mark.parametrize("case", [Case(T=40, Hq=4, E=12), PACKED], ids=str)
+def test_state_layout(case: Case) -> None:
+    """Transposed states in, transposed states and gradients out, the same numbers."""
+    x = arguments(case, torch.float64)
+    other = x | {"initial_state": x["initial_state"].mT.contiguous()}
+    pulled = []
+    for values, layout in ((x, "DE"), (other, "ED")):
+        values["initial_state"].requires_grad_()
+        o, state = lightning_attention(**values, return_final_state=True, state_layout=layout)
+        assert state is not None
+        assert state.is_contiguous()
+        loss = o.sin().sum() + (state if layout == "DE" else state.mT).cos().sum()
+        pulled.append((o, state, torch.autograd.grad(loss, values["initial_state"])[0]))
+    (o, state, gradient), (o_other, state_other, gradient_other) = pulled
+    torch.testing.assert_close(o_other, o)
+    torch.testing.assert_close(state_other, state.mT)
+    torch.testing.assert_close(gradient_other, gradient.mT)
+
+
+def test_bad_state_layout() -> None:
+    with pytest.raises(ValueError, match="state_layout: expected one of"):
+        lightning_attention(**arguments(), state_layout="de")
+    with pytest.raises(ValueError, match=r"initial_state: expected \[2, 2, 8, 16\]"):
+        lightning_attention(**arguments(Case(E=8)), state_layout="ED")
+
+
+# --- Transformations of PyTorch ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", ["none", "head", "shared head", "token"])
+def test_vmap(decay: str) -> None:
+    """A vmapped dimension, wherever it is and whoever has it, gives what a loop over it gives."""
+    case = Case(T=20, Hq=4, H=2, D=5, E=6, decay=decay.split()[-1])
+    many = [case.inputs(torch.float64, seed=seed) for seed in range(3)]
+    q, state = (torch.stack([x[name] for x in many]) for name in ("q", "initial_state"))
+    k = torch.stack([x["k"] for x in many], dim=2)
+    v, log_decay = many[0]["v"], many[0]["log_decay"]
+    decay_dim = None
+    if decay in ("head", "token"):
+        log_decay, decay_dim = torch.stack([x["log_decay"] for x in many], dim=-1), -1
+
+    def call(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor) -> Any:
+        return lightning_attention(q, k, v, log_decay, initial_state=state, return_final_state=True)
+
+    actual = torch.func.vmap(call, in_dims=(0, 2, None, decay_dim, 0))(q, k, v, log_decay, state)
+    for n in range(3):
+        own = log_decay if decay_dim is None else log_decay[..., n]
+        expected = call(q[n], k[:, :, n], v, own, state[n])
+        torch.testing.assert_close(actual[0][n], expected[0])
+        torch.testing.assert_close(actual[1][n], expected[1])
+    without_state = torch.func.vmap(lambda q: lightning_attention(q, v[..., :5], v)[0])(q)
+    torch.testing.assert_close(without_state[1], lightning_attention(q[1], v[..., :5], v)[0])
+
+
+@pytest.mark.parametrize("decay", ["none", "head", "token"])
+def test_batched_gradients(decay: str) -> None:
+    """Many gradients pulled back at once (``is_grads_batched``) are those pulled back one by one."""
+    x = arguments(Case(T=20, Hq=4, H=2, D=5, E=6, decay=decay), torch.float64)
+    leaves = [value.requires_grad_() for value in x.values() if value is not None]
+    o, state = lightning_attention(**x, return_final_state=True)
+    assert state is not None
+    do, dstate = torch.randn(3, *o.shape, dtype=o.dtype), torch.randn(3, *state.shape, dtype=o.dtype)
+    many = torch.autograd.grad((o, state), leaves, (do, dstate), is_grads_batched=True, retain_graph=True)
+    for n in range(3):
+        one = torch.autograd.grad((o, state), leaves, (do[n], dstate[n]), retain_graph=True)
+        torch.testing.assert_close([gradient[n] for gradient in many], list(one))
+
+
+def test_vmap_refuses_what_it_cannot_serve() -> None:
+    x = arguments(PACKED)
+    with pytest.raises(ValueError, match=r"cu_seqlens: torch\.func\.vmap"):
+        torch.func.vmap(lambda q: lightning_attention(q, x["k"], x["v"], cu_seqlens=x["cu_seqlens"])[0])(x["q"][None])
+    q, state = torch.randn(3, 2, 4, 5), torch.zeros(3, 2, 4, 5, 5)
+    with pytest.raises(NotImplementedError, match=r"lightning_attention_step: torch\.func\.vmap"):
+        torch.func.vmap(lambda q, state: lightning_attention_step(q, q, q, None, state))(q, state)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_autocast(inside: bool) -> None:
+    """q, k and v take autocast's dtype, whatever mixture they come in; states, decay and sums stay wide."""
+    x = arguments(Case(T=40))
+    x["k"] = x["k"].bfloat16()
+    x["q"].requires_grad_()
+    cast = x | {name: x[name].bfloat16() for name in ("q", "k", "v")}
+    expected, expected_state = lightning_attention(**cast, return_final_state=True)
+    expected_gradient = torch.autograd.grad(expected.float().square().sum(), x["q"])[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        o, state = lightning_attention(**x, return_final_state=True)
+        step = lightning_attention_step(x["q"][:, 0], x["k"][:, 0], x["v"][:, 0], None, x["initial_state"].clone())
+        if inside:
+            gradient = torch.autograd.grad(o.float().square().sum(), x["q"])[0]
+    if not inside:
+        gradient = torch.autograd.grad(o.float().square().sum(), x["q"])[0]
+    assert o.dtype == step.dtype == torch.bfloat16
+    assert state is not None
+    assert expected_state is not None
+    assert state.dtype == gradient.dtype == torch.float32
+    assert torch.equal(o, expected)
+    assert torch.equal(state, expected_state)
+    assert torch.equal(gradient, expected_gradient)
+    with torch.autocast("cpu", torch.bfloat16):  # float64 is left alone, as in a matrix product
+        assert lightning_attention(**arguments(dtype=torch.float64))[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(use_reentrant: bool, compiled: bool) -> None:
+    x = {name: value for name, value in arguments(Case(T=40)).items() if name != "cu_seqlens"}
+    for value in x.values():
+        value.requires_grad_()
+    names, values = list(x), list(x.values())
+
+    def block(*values: Tensor) -> Tensor:
+        by_name: dict[str, Any] = dict(zip(names, values, strict=True))
+        o, state = lightning_attention(**by_name, return_final_state=True)
+        assert state is not None
+        return o.sin().sum() + state.cos().sum()
+
+    def function(*values: Tensor) -> Any:
+        return torch.utils.checkpoint.checkpoint(block, *values, use_reentrant=use_reentrant)
+
+    expected = torch.autograd.grad(block(*values), values)
+    if compiled:
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+    function(*values).backward()
+    torch.testing.assert_close(tuple(value.grad for value in values), expected)
+
+
+def test_compile_with_autocast_and_steps() -> None:
+    """One graph over a prefill under autocast and steps that change a pool in place."""
+    x = arguments(Case(T=20, D=8, E=8))
+    pool, indices = torch.zeros(4, 2, 8, 8), torch.tensor([2, 0])
+
+    def function(pool: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            o, state = lightning_attention(x["q"], x["k"], x["v"], x["log_decay"], return_final_state=True)
+            assert state is not None
+            pool[indices] = state
+            step, states = lightning_attention_step(
+                x["q"][:, :3], x["k"][:, :3], x["v"][:, :3], x["log_decay"], pool, state_indices=indices,
+                return_states=True,
+            )  # fmt: skip
+        return o.float().sum() + step.float().sum(), states
+
+    other = pool.clone()
+    expected = function(pool)
+    torch.testing.assert_close(torch.compile(function, fullgraph=True, backend="aot_eager")(other), expected)
+    torch.testing.assert_close(other, pool)
+
+
+def test_second_gradient_is_refused() -> None:
+    """With an error, where a part of the second gradient could be taken silently for the whole."""
+    q = torch.randn(1, 5, 2, 3, requires_grad=True)
+    o, _ = lightning_attention(q, q, q)
+    gradient = torch.autograd.grad(o.square().sum(), q, create_graph=True)[0]
+    with pytest.raises(NotImplementedError, match="lightning_attention: can be differentiated once"):
+        torch.autograd.grad((gradient.square() + q**3).sum(), q)
+
+
+def test_values_of_decay_are_checked_in_a_graph() -> None:
+    x = arguments() | {"log_decay": torch.tensor([-0.1, 0.1])}
+    with pytest.raises(ValueError, match=r"log_decay: expected values of at most 0, got 0\.1"):
+        torch.compile(lambda: lightning_attention(**x)[0], fullgraph=True, backend="aot_eager")()

@@ -78,6 +78,52 @@ def test_step(decay: str) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("layout", ["DE", "ED"])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_step_of_several_tokens(decay: str, layout: str, nan_filled_memory: None) -> None:
+    """Grouped heads, a padded row, a pool whose rows lie apart, and the state after each token."""
+    N, S, Hq, H, D, E = 3, 3, 4, 2, 20, 36
+    q, k, v = (torch.randn(N, S, h, w) for h, w in ((Hq, D), (H, D), (H, E)))
+    log_decay = {"none": None, "head": -torch.rand(Hq), "token": -torch.rand(N, S, Hq)}[decay]
+    pool = torch.randn(5, Hq * D * E + 8)
+    state = pool[:, 8:].unflatten(1, (Hq, D, E) if layout == "DE" else (Hq, E, D))
+    indices = torch.tensor([4, -1, 2])
+    state_torch = state.clone()
+    results = [
+        lightning_attention_step(
+            q, k, v, log_decay, values, scale=0.7, state_indices=indices, state_layout=layout, return_states=True,
+            backend=backend,
+        )
+        for values, backend in ((state, "triton"), (state_torch, "torch"))
+    ]  # fmt: skip
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state, state_torch, rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize("case", CASES[3:], ids=str)
+def test_state_layout(case: Case, short_segments: None, nan_filled_memory: None) -> None:
+    """Transposed states in, transposed states and gradients out, bitwise the same numbers."""
+    x = case.inputs(torch.float32)
+    results = []
+    for layout in ("DE", "ED"):
+        q, k, v = (x[name].clone().requires_grad_() for name in ("q", "k", "v"))
+        state = x["initial_state"] if layout == "DE" else x["initial_state"].mT.contiguous()
+        state.requires_grad_()
+        o, final = lightning_attention(
+            q, k, v, x["log_decay"], initial_state=state, return_final_state=True, cu_seqlens=x["cu_seqlens"],
+            state_layout=layout, backend="triton",
+        )  # fmt: skip
+        assert final is not None
+        dfinal = x["dfinal_state"] if layout == "DE" else x["dfinal_state"].mT.contiguous()
+        *gradients, dstate = torch.autograd.grad((o, final), [q, k, v, state], (x["do"], dfinal))
+        states = [final, dstate] if layout == "DE" else [final.mT, dstate.mT]
+        results.append([o, *gradients, *states])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@interpreted
 def test_float16_state_beyond_its_range() -> None:
     """A state larger than float16 can hold is read without overflow."""
     q, k, v = (torch.ones(1, 80, 1, 16, dtype=torch.float16) for _ in range(3))
@@ -106,7 +152,7 @@ def test_tiles_fit_the_chip() -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for width in (16, 64, 80, 96, 128, 192, 256):
             for columns in (16, 64, 128, 256):
-                tiles = lightning_triton.choose_tiles(width, columns, dtype, tokens=8192, per_token=True)
+                tiles = lightning_triton.choose_tiles(width, columns, dtype, per_token=True, exact=False)
                 padded = max(16, 1 << (width - 1).bit_length())
                 assert padded * tiles.columns <= 128 * 32 * tiles.warps
                 assert tiles.tokens & (tiles.tokens - 1) == 0
@@ -194,6 +240,34 @@ def test_gpu_cuda_graph() -> None:
     o.zero_()
     graph.replay()
     assert torch.equal(o, expected)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("layout", ["DE", "ED"])
+@pytest.mark.parametrize("width", [80, 128])
+def test_gpu_step_of_several_tokens(width: int, layout: str) -> None:
+    """As many steps of one token, with the state after each."""
+    q, k, v = (torch.randn(5, 4, 4, width, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    state, decay = torch.randn(5, 4, width, width, device="cuda"), -torch.rand(4, device="cuda")
+    other = state.clone()
+    o, states = lightning_attention_step(q, k, v, decay, state, state_layout=layout, return_states=True)
+    for t in range(4):
+        expected = lightning_attention_step(q[:, t], k[:, t], v[:, t], decay, other, state_layout=layout)
+        assert torch.equal(o[:, t], expected)
+        assert torch.equal(states[:, t], other)
+    assert torch.equal(state, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_gpu_of_another_device() -> None:
+    """Tensors decide where a kernel runs, not the current device."""
+    x = Case(T=100).inputs(torch.float32, "cuda:1")
+    arguments = (x["q"], x["k"], x["v"], x["log_decay"])
+    o, _ = lightning_attention(*arguments)
+    expected, _ = lightning_attention(*arguments, backend="torch")
+    torch.testing.assert_close(o, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu
