@@ -101,10 +101,9 @@ def test_step_of_several_tokens(decay: str, layout: str, nan_filled_memory: None
 
 
 @interpreted
-@pytest.mark.parametrize("case", CASES[3:], ids=str)
-def test_state_layout(case: Case, short_segments: None, nan_filled_memory: None) -> None:
+def test_state_layout(short_segments: None, nan_filled_memory: None) -> None:
     """Transposed states in, transposed states and gradients out, bitwise the same numbers."""
-    x = case.inputs(torch.float32)
+    x = Case(B=1, T=70, Hq=1, H=1, D=8, E=20, bounds=(0, 0, 70)).inputs(torch.float32)
     results = []
     for layout in ("DE", "ED"):
         q, k, v = (x[name].clone().requires_grad_() for name in ("q", "k", "v"))
