@@ -1,6 +1,7 @@
 """Processes that form a gloo group, for tests of tier T2: forked from a server that has imported what they need."""
 
 import os
+import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-PRELOADED = ["pytest", "torch.distributed.tensor", "tnl.ops.context_parallel"]  # takes seconds, so it is done once
+# What takes seconds to import, once for all tests of a session.
+PRELOADED = ["pytest", "tnl.ops.context_parallel", "tnl.training.loop", "torch.utils.tensorboard", "matplotlib.figure"]
 
 
 def run_ranks(ranks: int, function: Callable[..., None], *arguments: Any) -> None:
@@ -23,6 +25,22 @@ def run_ranks(ranks: int, function: Callable[..., None], *arguments: Any) -> Non
         mp.start_processes(
             _join, (ranks, Path(folder) / "store", function, arguments), nprocs=ranks, start_method="forkserver"
         )
+
+
+def run_torchrun(processes: int, function: Callable[..., None], *arguments: Any) -> None:
+    """As :func:`run_ranks`, with the environment that torchrun makes in place of a process group."""
+    mp.set_forkserver_preload(PRELOADED)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    mp.start_processes(_start, (processes, port, function, arguments), nprocs=processes, start_method="forkserver")
+
+
+def _start(rank: int, ranks: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    function(*arguments)
 
 
 def _join(rank: int, ranks: int, store: Path, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:

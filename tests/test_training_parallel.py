@@ -16,8 +16,11 @@ import yaml
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 
+from tests.ranks import run_torchrun
+from tnl.cli import main, parse
 from tnl.models import TnlConfig, TnlForCausalLM
 from tnl.training.config import ParallelSettings
+from tnl.training.loop import train
 from tnl.training.parallel import Ranks, lay_out
 
 CONFIG: dict[str, Any] = {
@@ -127,6 +130,50 @@ def test_killed_process_restarts_and_resumes_by_itself(config: Path, two: Path, 
     assert process.returncode == 0, errors
     assert "resumed from" in errors
     assert losses(tmp_path) == losses(two)  # bitwise
+
+
+def train_here(config: Path, output: Path, *options: str) -> None:
+    assert main(["train", str(config), "--output", str(output), *options]) == 0
+
+
+@pytest.mark.slow
+def test_shared_rows_equal_one_process_and_exchange_checkpoints(config: Path, alone: Path, tmp_path: Path) -> None:
+    """Four processes, two to a row: context parallel times FSDP2. Then two, sharing no rows, from its checkpoint."""
+    options = ["--parallel.context", "2", "--micro_batch_size", "1", "--evaluate_every", "10"]
+    run_torchrun(4, train_here, config, tmp_path, *options)
+    assert_close(tmp_path, alone)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    single = [json.loads(line) for line in (alone / "metrics.jsonl").read_text().splitlines()]
+    assert [row["tokens"] for row in rows] == [row["tokens"] for row in single]
+    assert rows[-1]["held_out_loss"] == pytest.approx(single[-1]["held_out_loss"], abs=1e-6)
+
+    shutil.rmtree(tmp_path / "model")
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000020")
+    run_torchrun(2, train_here, config, tmp_path, "--resume")
+    assert_close(tmp_path, alone)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--parallel.context", "3"], "parallel.context: expected a divisor of the number of processes, 2, got 3"),
+        (["--parallel.context", "2", "--micro_batch_size", "2"], "micro_batch_size: expected 1 .* got 2"),
+        (
+            ["--parallel.context", "2", "--model.overrides", "{layer_types: [linear_attention, full_attention]}"],
+            "parallel.context: expected 1 for a model that is not TNL with linear attention in all layers",
+        ),
+    ],
+    ids=["divisor", "micro-batch", "softmax"],
+)
+def test_rows_that_cannot_be_shared_are_refused(options: list[str], message: str, config: Path, tmp_path: Path) -> None:
+    run_torchrun(2, refused, config, tmp_path, message, *options)
+
+
+def refused(config: Path, output: Path, message: str, *options: str) -> None:
+    options = ("--sequence_length", "36", "--micro_batch_size", "1", *options)
+    _, (settings,) = parse(["train", str(config), "--output", str(output), *options])
+    with pytest.raises(ValueError, match=message):
+        train(settings)
 
 
 def workers_of(launcher: int) -> list[int]:

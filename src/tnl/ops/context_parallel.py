@@ -28,12 +28,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from tnl.ops import lightning_registration as registered
+from tnl.ops.backends import autocast_enabled, call_on_device, resolve_backend
 from tnl.ops.lightning import (
+    _autocast,
     _check_decay,
     _check_state,
     _check_tokens,
     _describe,
-    _resolve_backend,
     lightning_attention,
 )
 
@@ -96,6 +98,8 @@ def lightning_attention_context_parallel(
             q, k, v, log_decay, scale=scale, initial_state=initial_state, return_final_state=return_final_state,
             cu_seqlens=cu_seqlens, backend=backend,
         )  # fmt: skip
+    if autocast_enabled(q):
+        q, k, v = _autocast(q, k, v)
     _check_tokens(q, k, v, rank=4)
     _check_decay(log_decay, q)
     sequences = q.shape[0]
@@ -104,7 +108,7 @@ def lightning_attention_context_parallel(
         sequences = cu_seqlens.shape[0] - 1
     if initial_state is not None:
         _check_state("initial_state", initial_state, (sequences, q.shape[2], q.shape[3], v.shape[3]), q)
-    name = _resolve_backend(backend, q)
+    name = resolve_backend(backend, q)
     part = _locate(cu_seqlens, q, rank, ranks)
     options = _Options(scale, return_final_state, name, group, sequences)
     o, final_state = _ContextParallel.apply(q, k, v, log_decay, initial_state, part, options)
@@ -241,7 +245,7 @@ def _sum_up(y: Tensor, z: Tensor, log_weight: Tensor, before: bool, heads: int, 
     if backend == "triton":
         from tnl.ops import context_parallel_triton
 
-        return context_parallel_triton.sum_up(y, z, log_weight, before, heads)
+        return call_on_device(context_parallel_triton.sum_up, y, z, log_weight, before, heads)
     batch, tokens = y.shape[:2]
     state = torch.zeros(batch, heads, y.shape[-1], z.shape[-1], dtype=log_weight.dtype, device=y.device)
     for begin in range(0, tokens, CHUNK):
@@ -332,7 +336,7 @@ class _ContextParallel(torch.autograd.Function):
             assert local is not None
             local[part.enters] = _combine(states, decays, dist.get_rank(options.group), before=True)
         need_decay = ctx.needs_input_grad[3]
-        o, final = torch.ops.tnl.lightning_attention(
+        o, final = registered.attention(
             q, k, v, log_decay, local, part.bounds, options.scale, options.return_final_state or need_decay,
             options.backend,
         )  # fmt: skip
@@ -347,6 +351,7 @@ class _ContextParallel(torch.autograd.Function):
         return o, whole
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor | None, dwhole: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, log_decay, local, final, decays = ctx.saved_tensors
         part, options = ctx.part, ctx.options
@@ -370,7 +375,7 @@ class _ContextParallel(torch.autograd.Function):
         if part.tail < part.tokens:
             assert dlocal is not None
             dlocal[part.leaves] = _combine(dstates, decays, dist.get_rank(options.group), before=False)
-        dq, dk, dv, dlog_decay, dinitial = torch.ops.tnl.lightning_attention_backward(
+        dq, dk, dv, dlog_decay, dinitial = registered.attention_backward(
             do, dlocal, q, k, v, log_decay, local, final, part.bounds, options.scale, ctx.need_decay, options.backend
         )
         dinitial_state = None

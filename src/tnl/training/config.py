@@ -99,11 +99,13 @@ class ParallelSettings:
             (autocast in one process, FSDP2 mixed precision in several).
         compile: Compile every block with torch.compile.
         activation_checkpointing: Compute the activations of a block again in the backward pass.
+        context: Processes that share each row, a part of its tokens on each; the others share the rows of a batch.
     """
 
     precision: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
     activation_checkpointing: bool = False
+    context: int = 1
 
 
 @dataclass
@@ -169,6 +171,10 @@ class TrainSettings:
         for name in ("epsilon", "weight_decay", "clip_norm"):
             value = getattr(optimizer, name)
             require(f"optimizer.{name}", value, value >= 0, "at least 0")
+        context = self.parallel.context
+        require("parallel.context", context, context >= 1, "at least 1")
+        divides = self.sequence_length % context == 0
+        require("sequence_length", self.sequence_length, divides, f"a multiple of parallel.context, {context}")
         require("data.workers", self.data.workers, self.data.workers >= 0, "at least 0")
 
 

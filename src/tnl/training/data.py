@@ -418,12 +418,15 @@ class PackedRows(torch.utils.data.Dataset[Batch]):
     to end and cut, and the rows are shuffled, so that those of a step come from different documents. Only one row of
     an epoch is filled up. Every token but the first of a document is predicted once an epoch. Item
     `e * rows_per_epoch + i` holds `input_ids`, `targets` (the token that follows within the
-    document, or IGNORED) and `position_ids`, each [T] int64.
+    document, or IGNORED) and `position_ids`, each [T] int64. With a `part` of each row they are [T / n], and
+    `cu_seq_lens_q` int32 has the boundaries of the documents in the whole row.
     """
 
-    def __init__(self, store: TokenStore, sequence_length: int, seed: int | None) -> None:
-        """`seed` None keeps documents and rows in their order."""
-        self.store, self.sequence_length, self.seed = store, sequence_length, seed
+    def __init__(
+        self, store: TokenStore, sequence_length: int, seed: int | None, part: tuple[int, int] = (0, 1)
+    ) -> None:
+        """`seed` None keeps documents and rows in their order; `part` is (i, n) for the i-th n-th of each row."""
+        self.store, self.sequence_length, self.seed, self.part = store, sequence_length, seed, part
         self.rows_per_epoch = -(-int(store.lengths.sum()) // sequence_length)
         self._epoch = functools.lru_cache(maxsize=2)(self._lay_out_epoch)
 
@@ -431,10 +434,11 @@ class PackedRows(torch.utils.data.Dataset[Batch]):
         return self.rows_per_epoch
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"store": self.store.folder, "sequence_length": self.sequence_length, "seed": self.seed}
+        state = {name: getattr(self, name) for name in ("sequence_length", "seed", "part")}
+        return state | {"store": self.store.folder}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(TokenStore(state["store"]), state["sequence_length"], state["seed"])  # type: ignore[misc]
+        self.__init__(**(state | {"store": TokenStore(state["store"])}))  # type: ignore[misc]
 
     def _lay_out_epoch(self, epoch: int) -> tuple[npt.NDArray[np.int64], ...]:
         """Order of the documents [N], where each begins in the stream of tokens [N + 1], order of the rows."""
@@ -447,35 +451,50 @@ class PackedRows(torch.utils.data.Dataset[Batch]):
     def __getitem__(self, item: int) -> Batch:
         epoch, place_in_epoch = divmod(item, self.rows_per_epoch)
         order, starts, rows = self._epoch(epoch)
-        input_ids = np.zeros(self.sequence_length, dtype=np.int64)
-        targets = np.full(self.sequence_length, IGNORED, dtype=np.int64)
-        position_ids = np.arange(self.sequence_length)
+        index, parts = self.part
+        size = self.sequence_length // parts
+        begin = index * size
+        input_ids = np.zeros(size, dtype=np.int64)
+        targets = np.full(size, IGNORED, dtype=np.int64)
+        position_ids = np.arange(begin, begin + size)
         first = int(rows[place_in_epoch]) * self.sequence_length
         place = int(np.searchsorted(starts, first, side="right")) - 1
+        bounds = []  # where documents begin in the row
         filled = 0
         while filled < self.sequence_length and place < len(order):
-            begin = first + filled - int(starts[place])  # within the document
-            # one token more than fits: the target of the last position
-            tokens = self.store.tokens(int(order[place]), begin, begin + self.sequence_length - filled + 1)
-            count = min(len(tokens), self.sequence_length - filled)
-            input_ids[filled : filled + count] = tokens[:count]
-            targets[filled : filled + len(tokens) - 1] = tokens[1:]
-            position_ids[filled : filled + count] = np.arange(count)
+            skipped = first + filled - int(starts[place])  # tokens of the document that are in rows before
+            count = min(int(starts[place + 1]) - int(starts[place]) - skipped, self.sequence_length - filled)
+            if count:
+                bounds.append(filled)
+            here = slice(max(filled, begin) - begin, min(filled + count, begin + size) - begin)
+            if here.start < here.stop:
+                begun = begin + here.start - filled  # position within the document, or the row
+                wanted = skipped + begun, skipped + begun + here.stop - here.start
+                # one token more than fits: the target of the last position
+                tokens = self.store.tokens(int(order[place]), wanted[0], wanted[1] + 1)
+                input_ids[here] = tokens[: here.stop - here.start]
+                targets[here.start : here.start + len(tokens) - 1] = tokens[1:]
+                position_ids[here] = np.arange(begun, begun + here.stop - here.start)
             filled += count
             place += 1
-        return {
-            "input_ids": torch.from_numpy(input_ids),
-            "targets": torch.from_numpy(targets),
-            "position_ids": torch.from_numpy(position_ids),
-        }
+        arrays = {"input_ids": input_ids, "targets": targets, "position_ids": position_ids}
+        if parts > 1:
+            arrays["cu_seq_lens_q"] = np.array([*bounds, self.sequence_length], dtype=np.int32)
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def collate(rows: list[Batch]) -> Batch:
-    """A micro-batch [B, T] of rows [T].
+    """A micro-batch [B, T] of rows [T], or of one part of a row.
 
     Where a row holds several documents, `cu_seq_lens_q` [N + 1] int32 has the boundaries of all documents in the rows
-    laid end to end, for models that read it; where none does, positions are left out as well.
+    laid end to end, for models that read it; where none does, positions are left out as well. With a part of a row
+    come the boundaries of the whole row, and always the positions.
     """
+    if "cu_seq_lens_q" in rows[0]:
+        (row,) = rows
+        bounds = row["cu_seq_lens_q"]
+        batch = {name: value[None] for name, value in row.items() if name != "cu_seq_lens_q"}
+        return batch | ({"cu_seq_lens_q": bounds} if len(bounds) > 2 else {})
     batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     starts = (batch["position_ids"].flatten() == 0).nonzero().flatten()
     if len(starts) == len(rows):

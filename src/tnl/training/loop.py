@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tnl.training import parallel
 from tnl.training.checkpoint import Checkpoints, differences, read_record
-from tnl.training.config import OptimizerSettings, TrainSettings
+from tnl.training.config import OptimizerSettings, TrainSettings, require
 from tnl.training.data import (
     IGNORED,
     Batch,
@@ -74,7 +74,7 @@ class Run:
     @property
     def micro_batches(self) -> int:
         """Micro-batches of a step in one process."""
-        return self.settings.batch_size // (self.sampler.micro_batch_size * self.ranks.size)
+        return self.settings.batch_size // (self.sampler.micro_batch_size * self.ranks.data[1])
 
 
 @dataclass
@@ -100,7 +100,7 @@ def train(settings: TrainSettings) -> Path | None:
         OSError: A source that cannot be read, or a folder that cannot be written.
         FloatingPointError: Too many steps in a row without a finite loss and gradient.
     """
-    with join_ranks(settings.device) as ranks, catch_stop_signals() as stop:
+    with join_ranks(settings.device, settings.parallel.context) as ranks, catch_stop_signals() as stop:
         run = assemble(settings, ranks)
         report, progress = run.report, run.progress
         batches = restore(run, settings.resume)
@@ -148,7 +148,7 @@ def assemble(settings: TrainSettings, ranks: Ranks) -> Run:
     report = Report(output, settings.steps, active=ranks.is_first)
     checkpoints = Checkpoints(output / "checkpoints", settings.keep_checkpoints, ranks, report.say)
     refuse_to_overwrite(checkpoints, settings)
-    micro_batch_size = choose_micro_batch(settings, ranks.size)
+    micro_batch_size = choose_micro_batch(settings, ranks)
 
     if ranks.is_first:
         output.mkdir(parents=True, exist_ok=True)
@@ -156,8 +156,8 @@ def assemble(settings: TrainSettings, ranks: Ranks) -> Run:
         tokenizer = prepare_tokenizer(settings.tokenizer, settings.data, output / "data")
         encoder = TextEncoder(tokenizer)
         corpus = prepare_corpus(settings.data, encoder, output / "data", settings.seed)
-    sampler = RowSampler(micro_batch_size, ranks.rank, ranks.size)
-    rows = PackedRows(corpus.train, settings.sequence_length, settings.seed)
+    sampler = RowSampler(micro_batch_size, *ranks.data)
+    rows = PackedRows(corpus.train, settings.sequence_length, settings.seed, ranks.context)
     loader = make_loader(rows, sampler, settings.data.workers)
 
     torch.manual_seed(settings.seed)
@@ -191,7 +191,8 @@ def restore(run: Run, resume: bool) -> Iterator[Batch]:
     if changes:
         raise ValueError(f"cannot resume from {path}, which is of another run: {'; '.join(changes)}")
     run.progress.__dict__.update(record["progress"])
-    if (record["ranks"], record["workers"]) == (run.ranks.size, run.settings.data.workers):
+    now = (run.ranks.size, run.settings.parallel.context, run.settings.data.workers)
+    if (record["ranks"], record["context"], record["workers"]) == now:
         run.loader.load_state_dict(record["loader"][run.ranks.rank])
     else:  # each process reads other rows than before, all of them together go on where they were
         run.sampler.rows_taken = record["rows_taken"]
@@ -263,13 +264,14 @@ def takes_boundaries(model: PreTrainedModel) -> bool:
 def held_out_loss(run: Run) -> float:
     """Mean loss in nats per token on rows spread evenly over the held-out text, the same rows each time."""
     assert run.corpus.held_out is not None
-    rows = PackedRows(run.corpus.held_out, run.settings.sequence_length, seed=None)
+    ranks = run.ranks
+    rows = PackedRows(run.corpus.held_out, run.settings.sequence_length, None, ranks.context)
     count = min(run.settings.evaluate_rows or len(rows), len(rows))
-    size, ranks = run.sampler.micro_batch_size, run.ranks
+    size, (share, shares) = run.sampler.micro_batch_size, ranks.data
     sums = torch.zeros(2, dtype=torch.float64)
     run.model.eval()
-    for first in range(0, count, size * ranks.size):
-        mine = range(first + ranks.rank * size, first + (ranks.rank + 1) * size)
+    for first in range(0, count, size * shares):
+        mine = range(first + share * size, first + (share + 1) * size)
         batch = collate([rows[min(i, count - 1) * len(rows) // count] for i in mine])
         # Every process takes part in every forward pass; rows beyond the last count nothing.
         batch["targets"][max(0, count - mine.start) :] = IGNORED
@@ -287,6 +289,7 @@ def save(run: Run) -> None:
         "progress": progress,
         "identity": run.identity,
         "ranks": run.ranks.size,
+        "context": run.settings.parallel.context,
         "workers": run.settings.data.workers,
         "rows_taken": run.progress.step * run.settings.batch_size,
         "loader": run.ranks.gather(run.loader.state_dict()),
@@ -321,18 +324,24 @@ def refuse_to_overwrite(checkpoints: Checkpoints, settings: TrainSettings) -> No
         raise ValueError(f"output: expected a folder without checkpoints, or --resume, got {newest.parent.parent}")
 
 
-def choose_micro_batch(settings: TrainSettings, ranks: int) -> int:
+def choose_micro_batch(settings: TrainSettings, ranks: Ranks) -> int:
     """Rows in one forward pass of one process.
 
     Raises:
-        ValueError: `batch_size` is not a multiple of what the processes take at once.
+        ValueError: `batch_size` is not a multiple of what the processes take at once, or several rows at a time are
+            to be shared.
     """
-    size = settings.micro_batch_size or max(1, settings.batch_size // ranks)
-    if settings.batch_size % (size * ranks):
-        raise ValueError(
-            f"batch_size: expected a multiple of {size * ranks} ({ranks} processes times micro-batches of {size}), "
-            f"got {settings.batch_size}"
-        )
+    shares = ranks.data[1]
+    shared = ranks.grid is not None
+    require(
+        "micro_batch_size", settings.micro_batch_size, not shared or settings.micro_batch_size <= 1,
+        "1 (or 0) where processes share a row",
+    )  # fmt: skip
+    size = 1 if shared else settings.micro_batch_size or max(1, settings.batch_size // shares)
+    require(
+        "batch_size", settings.batch_size, settings.batch_size % (size * shares) == 0,
+        f"a multiple of {size * shares} ({shares} processes times micro-batches of {size})",
+    )  # fmt: skip
     return size
 
 
@@ -392,6 +401,8 @@ def describe(run: Run) -> str:
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     train, held_out = run.corpus.train.index, run.corpus.held_out
     text = f"{run.settings.model.name}: {parameters / 1e6:,.2f}M parameters on {run.ranks.size} {run.ranks.device.type}"
+    if run.ranks.grid is not None:
+        text += f", {run.ranks.context[1]} to a row"
     text += f" | {train['tokens']:,} tokens in {train['documents']:,} documents"
     text += f", {held_out.index['documents']:,} held out" if held_out else ", none held out"
     if run.corpus.skipped:

@@ -1,10 +1,13 @@
 """How a model is laid out over processes and devices, applied from outside: the model knows none of it.
 
-Started by `torchrun`, every process holds a shard of the parameters (FSDP2, `fully_shard`) and reads its own rows.
-Started alone, the same code runs in one process. The backend is NCCL on GPUs and gloo on a CPU.
+Started by `torchrun`, every process holds a shard of the parameters (FSDP2, `fully_shard`). Processes form a grid of
+data times context: those of one row of the grid share the tokens of each of their rows of text (context parallel), and
+rows of the grid read different text. Started alone, the same code runs in one process. The backend is NCCL on GPUs and
+gloo on a CPU.
 """
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,7 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
-from tnl.training.config import ParallelSettings
+from tnl.models.tnl.modeling_tnl import TnlAttention
+from tnl.training.config import ParallelSettings, require
 from tnl.training.model import choose_device
 
 
@@ -29,12 +33,25 @@ class Ranks:
         size: Number of processes.
         device: Device of this process.
         mesh: One-dimensional mesh of all processes, None for a process alone.
+        grid: The same processes as a mesh of `data` times `context`; None where they share no rows.
     """
 
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh | None
+    grid: DeviceMesh | None = None
+
+    @property
+    def context(self) -> tuple[int, int]:
+        """Which part of its rows this process has, and how many parts there are."""
+        return (0, 1) if self.grid is None else (self.grid["context"].get_local_rank(), self.grid["context"].size())
+
+    @property
+    def data(self) -> tuple[int, int]:
+        """Which share of the rows of a batch this process has, and how many shares there are."""
+        parts = self.context[1]
+        return self.rank // parts, self.size // parts
 
     @property
     def is_first(self) -> bool:
@@ -71,15 +88,26 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def join_ranks(device: str) -> Iterator[Ranks]:
-    """Join the other processes where `torchrun` started this one; leave them at the end."""
+def join_ranks(device: str, context: int = 1) -> Iterator[Ranks]:
+    """Join the other processes where `torchrun` started this one; leave them at the end.
+
+    Args:
+        device: `auto`, `cpu` or `cuda`.
+        context: Processes that share a row.
+
+    Raises:
+        ValueError: `cuda` without a GPU, or a number of processes that `context` does not divide.
+    """
     chosen = choose_device(device)
     if "WORLD_SIZE" not in os.environ:
+        require("parallel.context", context, context == 1, "1 for a process alone (torchrun starts several)")
         yield Ranks(rank=0, size=1, device=chosen, mesh=None)
         return
     if chosen.type == "cuda":
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
+    size = int(os.environ["WORLD_SIZE"])
+    require("parallel.context", context, size % context == 0, f"a divisor of the number of processes, {size}")
     # Processes that torchrun starts again find the same store: what the dead ones wrote there must not be read, or
     # the new ones wait for them for ever (seen with torch 2.13 and gloo).
     store, rank, size = next(torch.distributed.rendezvous("env://"))
@@ -88,8 +116,11 @@ def join_ranks(device: str) -> Iterator[Ranks]:
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
-        mesh = init_device_mesh(chosen.type, (size,), mesh_dim_names=("data",))
-        yield Ranks(rank=rank, size=size, device=chosen, mesh=mesh)
+        mesh = init_device_mesh(chosen.type, (size,), mesh_dim_names=("all",))
+        grid = None
+        if context > 1:
+            grid = init_device_mesh(chosen.type, (size // context, context), mesh_dim_names=("data", "context"))
+        yield Ranks(rank=rank, size=size, device=chosen, mesh=mesh, grid=grid)
     finally:
         torch.distributed.destroy_process_group()
 
@@ -107,8 +138,28 @@ def exact_modules_of(model: PreTrainedModel) -> list[nn.Module]:
     return [model.get_submodule(owner) for owner in owners]
 
 
+def share_rows(model: PreTrainedModel, group: torch.distributed.ProcessGroup) -> None:
+    """Let the processes of a group have a part of the tokens of each row each, in place.
+
+    Raises:
+        ValueError: The model has layers that cannot share a row.
+    """
+    from tnl.ops.context_parallel import lightning_attention_context_parallel
+
+    attentions = [module for module in model.modules() if isinstance(module, TnlAttention)]
+    if len(attentions) != model.config.num_hidden_layers:
+        raise ValueError(
+            "parallel.context: expected 1 for a model that is not TNL with linear attention in all layers, got "
+            f"{len(attentions)} such layers of {model.config.num_hidden_layers} in {type(model).__name__}"
+        )
+    for attention in attentions:
+        attention.operator = functools.partial(lightning_attention_context_parallel, group=group)
+
+
 def lay_out(model: PreTrainedModel, settings: ParallelSettings, ranks: Ranks) -> None:
-    """Apply activation checkpointing, compilation and sharding to the model, in place."""
+    """Apply context parallel, activation checkpointing, compilation and sharding to the model, in place."""
+    if ranks.grid is not None:
+        share_rows(model, ranks.grid["context"].get_group())
     blocks = blocks_of(model)
     if settings.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

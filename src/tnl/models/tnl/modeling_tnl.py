@@ -151,6 +151,8 @@ class TnlAttention(nn.Module):
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
         uses_lrpe = config.uses_lrpe(layer_idx)
         self.lrpe = TnlRelativePositions(self.num_heads, self.head_dim) if uses_lrpe else None
+        # Called without a cache; what shares rows between processes puts its own in place.
+        self.operator: Callable[..., tuple[Tensor, Tensor | None]] = lightning_attention
 
     def forward(
         self,
@@ -176,7 +178,7 @@ class TnlAttention(nn.Module):
         else:
             if cu_seqlens is not None:
                 query, key, value = (x.flatten(0, 1)[None] for x in (query, key, value))
-            output, _ = lightning_attention(query, key, value, log_decay, cu_seqlens=cu_seqlens)
+            output, _ = self.operator(query, key, value, log_decay, cu_seqlens=cu_seqlens)
         output = output.reshape(batch, length, -1)
         gate = self._gate(hidden_states, qkvu[-1].flatten(2))
         return self.o_proj(self.norm(output, gate))
