@@ -19,11 +19,13 @@ that its walk ends when the others have their sums.
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 # --- Launch policy ----------------------------------------------------------------------------------------------
 
@@ -38,16 +40,14 @@ class Tiles:
     stages: int
 
 
-def choose_tiles(
-    rows: int, columns: int, dtype: torch.dtype, tokens: int, per_token: bool = False, exact: bool = False
-) -> Tiles:
+@functools.lru_cache
+def choose_tiles(rows: int, columns: int, dtype: torch.dtype, per_token: bool, exact: bool) -> Tiles:
     """Tiles for a state of ``rows x columns`` (each the larger one of the passes of a launch).
 
     ``exact`` float32 products run outside the matrix units; their tiles are small, since the loops are unrolled.
 
     On an H100 four stages of 64 tokens and 64 columns leave room for one program on a multiprocessor, which saturates
-    its memory. Two stages leave room for two, which hide each other's start in short sequences and the arithmetic of a
-    decay per token.
+    its memory. Two stages leave room for two, which hide each other's arithmetic of a decay per token.
     """
     padded = max(16, triton.next_power_of_2(rows))
     width = max(16, triton.next_power_of_2(columns))
@@ -55,7 +55,7 @@ def choose_tiles(
         return Tiles(16, 16, 8, 2) if exact else Tiles(64 if padded <= 128 else 32, min(width, 32), 4, 2)
     if padded > 128:
         return Tiles(64, min(width, 32), 4, 3)
-    return Tiles(64, min(width, 64), 4, 2 if per_token or tokens <= 1024 else 4)
+    return Tiles(64, min(width, 64), 4, 2 if per_token else 4)
 
 
 @dataclass(frozen=True)
@@ -138,14 +138,27 @@ def _mask(total, scale, rows, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def _tokens(BASE, begin, end, stride, width, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr):
-    """Descriptor of the tokens ``begin..end`` of one head; what a tile reads beyond them or the width is zero."""
-    return tl.make_tensor_descriptor(
-        BASE + begin.to(tl.int64) * stride,
-        [tl.maximum(end - begin, 1), width],
-        [stride.to(tl.int64), 1],
-        [BLOCK_T, BLOCK_W],
-    )
+def _tokens(BASE, begin, end, stride, width, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr, PACKED: tl.constexpr):
+    """Descriptor of tokens; what a tile reads beyond them or the width is zero.
+
+    The host's descriptor of a whole tensor ``[B, heads, T, width]`` serves all programs. In a packed row, where another
+    sequence follows, each program makes its own of the tokens ``begin..end`` of its head; that takes it about 1 us.
+    """
+    if not PACKED:
+        return BASE
+    else:  # not behind a return: only one branch may be compiled
+        return tl.make_tensor_descriptor(
+            BASE + begin.to(tl.int64) * stride, [tl.maximum(end - begin, 1), width], [stride, 1], [BLOCK_T, BLOCK_W]
+        )
+
+
+@triton.jit
+def _tile(tokens, batch, head, begin, at, column, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr, PACKED: tl.constexpr):
+    """Tokens from the ``at``-th behind ``begin`` on, through a descriptor of :func:`_tokens`."""
+    if not PACKED:
+        return tokens.load([batch, head, begin + at, column]).reshape(BLOCK_T, BLOCK_W)
+    else:
+        return tokens.load([at, column])
 
 
 @triton.jit
@@ -177,16 +190,18 @@ def _pass_on(SLOT, mask, state, FLAG, index):
 @triton.jit
 def _walk(
     X, Y, Z, OUT, DIFFERENCE, AGAINST, LOG_DECAY, INITIAL, FINAL, FLAG,
-    x_stride, y_stride, z_stride, out_stride, against_stride, decay_stride, difference_stride,
+    batch, x_head, y_head, x_stride, y_stride, z_stride, out_stride, against_stride, decay_stride, difference_stride,
     state_row, state_column, rate, scale,
     begin, end, index, is_last, lead, K, C, column_block,
     REVERSE: tl.constexpr, DECAY: tl.constexpr, HAS_INITIAL: tl.constexpr, STORE_FINAL: tl.constexpr,
-    SPLIT: tl.constexpr, NEED_DIFFERENCE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, SPLIT: tl.constexpr, NEED_DIFFERENCE: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One walk over the tokens ``begin..end`` of one head, for ``BLOCK_C`` columns of the state.
 
-    All pointers are at the first token of the row and at this head. ``index`` counts segments along the walk.
+    ``X``, ``Y``, ``Z`` and ``AGAINST`` are descriptors, of which ``batch``, ``x_head`` (for ``X``, ``AGAINST``) and
+    ``y_head`` (for ``Y``, ``Z``) say the place, or in a packed row pointers. All pointers are at the first token of the
+    row and at this head. ``index`` counts segments along the walk.
     """
     rows = tl.arange(0, BLOCK_T)
     inner = tl.arange(0, BLOCK_K)
@@ -200,11 +215,11 @@ def _walk(
         if index == 0:
             state = tl.load(INITIAL + state_at, state_mask, 0.0)
 
-    x_tokens = _tokens(X, begin, end, x_stride, K, BLOCK_T, BLOCK_K)
-    y_tokens = _tokens(Y, begin, end, y_stride, K, BLOCK_T, BLOCK_K)
-    z_tokens = _tokens(Z, begin, end, z_stride, C, BLOCK_T, BLOCK_C)
+    x_tokens = _tokens(X, begin, end, x_stride, K, BLOCK_T, BLOCK_K, PACKED)
+    y_tokens = _tokens(Y, begin, end, y_stride, K, BLOCK_T, BLOCK_K, PACKED)
+    z_tokens = _tokens(Z, begin, end, z_stride, C, BLOCK_T, BLOCK_C, PACKED)
     if NEED_DIFFERENCE:
-        against_tokens = _tokens(AGAINST, begin, end, against_stride, C, BLOCK_T, BLOCK_C)
+        against_tokens = _tokens(AGAINST, begin, end, against_stride, C, BLOCK_T, BLOCK_C, PACKED)
     length = end - begin
     blocks = tl.cdiv(length, BLOCK_T)
     first = (blocks - 1) * BLOCK_T if REVERSE else 0
@@ -221,8 +236,8 @@ def _walk(
         if sums:
             for block in range(blocks):
                 at = first + block * step
-                y = y_tokens.load([at, 0])
-                z = z_tokens.load([at, column])
+                y = _tile(y_tokens, batch, y_head, begin, at, 0, BLOCK_T, BLOCK_K, PACKED)
+                z = _tile(z_tokens, batch, y_head, begin, at, column, BLOCK_T, BLOCK_C, PACKED)
                 _, write, last, _ = _weights(
                     LOG_DECAY, rate, at, rows, length - at, decay_stride, scale, DECAY, REVERSE
                 )
@@ -239,9 +254,9 @@ def _walk(
     mask = _mask(rate * rows, scale, rows, REVERSE)
     for block in range(blocks):
         at = first + block * step
-        x = x_tokens.load([at, 0])
-        y = y_tokens.load([at, 0])
-        z = z_tokens.load([at, column])
+        x = _tile(x_tokens, batch, x_head, begin, at, 0, BLOCK_T, BLOCK_K, PACKED)
+        y = _tile(y_tokens, batch, y_head, begin, at, 0, BLOCK_T, BLOCK_K, PACKED)
+        z = _tile(z_tokens, batch, y_head, begin, at, column, BLOCK_T, BLOCK_C, PACKED)
         read, write, last, total = _weights(LOG_DECAY, rate, at, rows, length - at, decay_stride, scale, DECAY, REVERSE)
         if DECAY == 2:
             mask = _mask(total, scale, rows, REVERSE)
@@ -252,7 +267,7 @@ def _walk(
         inside = (rows < length - at)[:, None] & (columns < C)[None, :]
         tl.store(OUT + at.to(tl.int64) * out_stride, out.to(OUT.dtype.element_ty), inside)
         if NEED_DIFFERENCE:
-            against = against_tokens.load([at, column])
+            against = _tile(against_tokens, batch, x_head, begin, at, column, BLOCK_T, BLOCK_C, PACKED)
             token = (begin + at).to(tl.int64) + rows
             difference = tl.sum(out * against.to(tl.float32), 1)
             tl.store(DIFFERENCE + token * difference_stride, difference, at + rows < length)
@@ -268,7 +283,7 @@ def _walk(
 @triton.jit
 def _locate(
     item, CU_SEQLENS, T, segment, lead, sequences, per_sequence, items,
-    REVERSE: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr,
+    REVERSE: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Sequence, token range, place along the walk and whether it is the last of the ``item``-th segment.
 
@@ -281,12 +296,13 @@ def _locate(
         sequence = item % sequences
         index = item // sequences
         is_last = index == per_sequence - 1
-        # from where the walk begins: the end of the sequence, when it runs backwards
+        # From where the walk begins: the end of the sequence when it runs backwards, of its last block, that is.
+        whole = tl.cdiv(T, BLOCK_T) * BLOCK_T
         near = tl.maximum(index * segment - (segment - lead), 0)
-        far = tl.where(is_last, T, index * segment + lead)
+        far = tl.where(is_last, whole, index * segment + lead)
         if REVERSE:
-            return sequence, T - far, T - near, index, is_last
-        return sequence, near, far, index, is_last
+            return sequence, whole - far, tl.minimum(whole - near, T), index, is_last
+        return sequence, near, tl.minimum(far, T), index, is_last
     if not SPLIT:
         row_begin = tl.load(CU_SEQLENS + item).to(tl.int32)
         return item, row_begin, tl.load(CU_SEQLENS + item + 1).to(tl.int32), item * 0, item >= 0
@@ -311,14 +327,19 @@ def _locate(
     return tl.where(number < count, low, -1), begin, end, index, index == count - 1
 
 
-@triton.jit(do_not_specialize=["T", "Hq", "group", "sequences", "segment", "lead", "per_sequence", "items"])
+RUN_TIME = ["T", "Hq", "group", "sequences", "segment", "lead", "per_sequence", "items", "difference_block"]
+STRIDES = [f"{name}_{dimension}" for name in ("q", "k", "v", "do") for dimension in ("batch", "token", "head")]
+
+
+@triton.jit(do_not_specialize=RUN_TIME + STRIDES)
 def _forward_kernel(
     Q, K, V, OUT, LOG_DECAY, INITIAL, FINAL, CU_SEQLENS, FLAGS,
-    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
-    scale, T, Hq, group, sequences, segment, lead, per_sequence, items, D, E, state_row, state_column,
-    DECAY: tl.constexpr, HAS_INITIAL: tl.constexpr, STORE_FINAL: tl.constexpr, PACKED: tl.constexpr,
-    SPLIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q_batch: tl.int64, q_token: tl.int64, q_head: tl.int64, k_batch: tl.int64, k_token: tl.int64, k_head: tl.int64,
+    v_batch: tl.int64, v_token: tl.int64, v_head: tl.int64,
+    scale, T, Hq, group, sequences, segment, lead, per_sequence, items,
+    D: tl.constexpr, E: tl.constexpr, TRANSPOSED: tl.constexpr, DECAY: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    STORE_FINAL: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """``o = A>(q, k, v)``; programs ordered by segment, then head, then column block."""
     ticket = tl.program_id(0)
@@ -329,45 +350,47 @@ def _forward_kernel(
     head = (ticket // blocks) % Hq
     item = ticket // (blocks * Hq)
     sequence, begin, end, index, is_last = _locate(
-        item, CU_SEQLENS, T, segment, lead, sequences, per_sequence, items, False, PACKED, SPLIT
+        item, CU_SEQLENS, T, segment, lead, sequences, per_sequence, items, False, PACKED, SPLIT, BLOCK_T
     )
     if sequence < 0:
         return
     batch = sequence.to(tl.int64) * (0 if PACKED else 1)
-    key_head = (head // group).to(tl.int64)
+    key_head = head // group
     chain = sequence.to(tl.int64) * Hq + head
     rate = 0.0
     if DECAY == 1:
         rate = tl.load(LOG_DECAY + head)
+    if PACKED:
+        Q += head * q_head
+        K += key_head * k_head
+        V += key_head * v_head
     _walk(
-        Q + batch * q_batch + head.to(tl.int64) * q_head,
-        K + batch * k_batch + key_head * k_head,
-        V + batch * v_batch + key_head * v_head,
-        OUT + (batch * T * Hq + head) * E,
-        OUT, OUT,
-        LOG_DECAY + batch * T * Hq + head,
-        INITIAL + chain * D * E,
-        FINAL + chain * D * E,
+        Q, K, V, OUT + (batch * T * Hq + head) * E, OUT, OUT,
+        LOG_DECAY + batch * T * Hq + head, INITIAL + chain * D * E, FINAL + chain * D * E,
         FLAGS + 1 + chain * blocks + column_block,
-        q_token, k_token, v_token, Hq * E, 0, Hq, 0,
-        state_row, state_column, rate, scale, begin, end, index, is_last, lead, D, E, column_block,
-        False, DECAY, HAS_INITIAL, STORE_FINAL, SPLIT, False,
-        BLOCK_T, BLOCK_D, BLOCK_C, PRECISION,
+        sequence, head, key_head, q_token, k_token, v_token, Hq * E, k_token, Hq, 0,
+        1 if TRANSPOSED else E, D if TRANSPOSED else 1, rate, scale,
+        begin, end, index, is_last, lead, D, E, column_block,
+        False, DECAY, HAS_INITIAL, STORE_FINAL, PACKED, SPLIT, False, BLOCK_T, BLOCK_D, BLOCK_C, PRECISION,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T", "Hq", "group", "sequences", "segment", "lead", "per_sequence", "items"])
+@triton.jit(do_not_specialize=RUN_TIME + STRIDES)
 def _backward_kernel(
-    Q, K, V, DO, DQ, DK, DV, DIFFERENCE, LOG_DECAY, INITIAL, DFINAL, DQ_STATE, DK_STATE, DINITIAL, CU_SEQLENS, FLAGS,
-    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, do_batch, do_token, do_head,
-    scale, T, Hq, group, sequences, segment, lead, per_sequence, items, D, E, state_row, state_column,
-    difference_block,
-    DECAY: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_DFINAL: tl.constexpr, STORE_DINITIAL: tl.constexpr,
-    NEED_DIFFERENCE: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
-    PRECISION: tl.constexpr,
+    Q, K, V, DO, Q_PART, K_PART, DO_PART, DQ, DK, DV, DIFFERENCE, LOG_DECAY, INITIAL, DFINAL,
+    DQ_STATE, DK_STATE, DINITIAL, CU_SEQLENS, FLAGS,
+    q_batch: tl.int64, q_token: tl.int64, q_head: tl.int64, k_batch: tl.int64, k_token: tl.int64, k_head: tl.int64,
+    v_batch: tl.int64, v_token: tl.int64, v_head: tl.int64, do_batch: tl.int64, do_token: tl.int64, do_head: tl.int64,
+    scale, T, Hq, group, sequences, segment, lead, per_sequence, items, difference_block,
+    D: tl.constexpr, E: tl.constexpr, TRANSPOSED: tl.constexpr, DECAY: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    HAS_DFINAL: tl.constexpr, NEED_DIFFERENCE: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """``dk``, ``dv`` and ``dq`` of one head side by side: the first two read the same tokens at the same time."""
+    """``dk``, ``dv`` and ``dq`` of one head side by side: the first two read the same tokens at the same time.
+
+    ``Q_PART``, ``K_PART`` and ``DO_PART`` are the same tensors, described in tiles of ``BLOCK_C`` columns.
+    """
     ticket = tl.program_id(0)
     d_blocks = tl.cdiv(D, BLOCK_C)
     e_blocks = tl.cdiv(E, BLOCK_C)
@@ -380,55 +403,56 @@ def _backward_kernel(
     backwards = column_block < d_blocks + e_blocks
     if backwards:
         sequence, begin, end, index, is_last = _locate(
-            item, CU_SEQLENS, T, segment, lead, sequences, per_sequence, items, True, PACKED, SPLIT
+            item, CU_SEQLENS, T, segment, lead, sequences, per_sequence, items, True, PACKED, SPLIT, BLOCK_T
         )
     else:
         sequence, begin, end, index, is_last = _locate(
-            item, CU_SEQLENS, T, segment, lead, sequences, per_sequence, items, False, PACKED, SPLIT
+            item, CU_SEQLENS, T, segment, lead, sequences, per_sequence, items, False, PACKED, SPLIT, BLOCK_T
         )
     if sequence < 0:
         return
-    batch = sequence.to(tl.int64) * (0 if PACKED else 1)
-    key_head = (head // group).to(tl.int64)
+    key_head = head // group
     chain = sequence.to(tl.int64) * Hq + head
-    token = batch * T * Hq + head
+    token = sequence.to(tl.int64) * (0 if PACKED else 1) * T * Hq + head
     rate = 0.0
     if DECAY == 1:
         rate = tl.load(LOG_DECAY + head)
-    Q += batch * q_batch + head.to(tl.int64) * q_head
-    K += batch * k_batch + key_head * k_head
-    V += batch * v_batch + key_head * v_head
-    DO += batch * do_batch + head.to(tl.int64) * do_head
+    if PACKED:
+        Q += head * q_head
+        K += key_head * k_head
+        V += key_head * v_head
+        DO += head * do_head
+        Q_PART += head * q_head
+        K_PART += key_head * k_head
+        DO_PART += head * do_head
     LOG_DECAY += token
     FLAGS += 1 + chain * blocks + column_block
+    row = 1 if TRANSPOSED else E
+    column = D if TRANSPOSED else 1
     if column_block < d_blocks:
         _walk(
-            V, DO, Q, DK + token * D, DIFFERENCE + token + (column_block + d_blocks) * difference_block, K,
+            V, DO, Q_PART, DK + token * D, DIFFERENCE + token + (column_block + d_blocks) * difference_block, K_PART,
             LOG_DECAY, DFINAL + chain * D * E, DK_STATE + chain * D * E, FLAGS,
-            v_token, do_token, q_token, Hq * D, k_token, Hq, Hq,
-            state_column, state_row, rate, scale, begin, end, index, is_last, lead, E, D, column_block,
-            True, DECAY, HAS_DFINAL, False, SPLIT, NEED_DIFFERENCE,
-            BLOCK_T, BLOCK_E, BLOCK_C, PRECISION,
+            sequence, key_head, head, v_token, do_token, q_token, Hq * D, k_token, Hq, Hq,
+            column, row, rate, scale, begin, end, index, is_last, lead, E, D, column_block,
+            True, DECAY, HAS_DFINAL, False, PACKED, SPLIT, NEED_DIFFERENCE, BLOCK_T, BLOCK_E, BLOCK_C, PRECISION,
         )  # fmt: skip
     if backwards & (column_block >= d_blocks):
         _walk(
-            K, Q, DO, DV + token * E, DIFFERENCE, K,
+            K, Q, DO_PART, DV + token * E, DIFFERENCE, K_PART,
             LOG_DECAY, DFINAL + chain * D * E, DINITIAL + chain * D * E, FLAGS,
-            k_token, q_token, do_token, Hq * E, k_token, Hq, Hq,
-            state_row, state_column, rate, scale, begin, end, index, is_last, lead, D, E, column_block - d_blocks,
-            True, DECAY, HAS_DFINAL, STORE_DINITIAL, SPLIT, False,
-            BLOCK_T, BLOCK_D, BLOCK_C, PRECISION,
+            sequence, key_head, head, k_token, q_token, do_token, Hq * E, k_token, Hq, Hq,
+            row, column, rate, scale, begin, end, index, is_last, lead, D, E, column_block - d_blocks,
+            True, DECAY, HAS_DFINAL, HAS_INITIAL, PACKED, SPLIT, False, BLOCK_T, BLOCK_D, BLOCK_C, PRECISION,
         )  # fmt: skip
     if column_block >= d_blocks + e_blocks:
+        column_block -= d_blocks + e_blocks
         _walk(
-            DO, V, K, DQ + token * D,
-            DIFFERENCE + token + (column_block - d_blocks - e_blocks) * difference_block, Q,
+            DO, V, K_PART, DQ + token * D, DIFFERENCE + token + column_block * difference_block, Q_PART,
             LOG_DECAY, INITIAL + chain * D * E, DQ_STATE + chain * D * E, FLAGS,
-            do_token, v_token, k_token, Hq * D, q_token, Hq, Hq,
-            state_column, state_row, rate, scale, begin, end, index, is_last, lead, E, D,
-            column_block - d_blocks - e_blocks,
-            False, DECAY, HAS_INITIAL, False, SPLIT, NEED_DIFFERENCE,
-            BLOCK_T, BLOCK_E, BLOCK_C, PRECISION,
+            sequence, head, key_head, do_token, v_token, k_token, Hq * D, q_token, Hq, Hq,
+            column, row, rate, scale, begin, end, index, is_last, lead, E, D, column_block,
+            False, DECAY, HAS_INITIAL, False, PACKED, SPLIT, NEED_DIFFERENCE, BLOCK_T, BLOCK_E, BLOCK_C, PRECISION,
         )  # fmt: skip
 
 
@@ -546,7 +570,7 @@ def _or(x: Tensor | None, stand_in: Tensor) -> Tensor:
 def _aligned(x: Tensor) -> Tensor:
     """``x``, or a copy with wider rows where addresses are not the multiples of 16 bytes that descriptors need."""
     unit = 16 // x.element_size()
-    if x.data_ptr() % 16 == 0 and all(stride % unit == 0 for stride in x.stride()[:-1]):
+    if x.data_ptr() % 16 == 0 and all(stride > 0 and stride % unit == 0 for stride in x.stride()[:-1]):
         return x
     return torch.nn.functional.pad(x, (0, -x.shape[-1] % unit))[..., : x.shape[-1]]
 
@@ -563,7 +587,46 @@ def _state_strides(D: int, E: int, transposed: bool) -> tuple[int, int]:
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory for the descriptors that programs make."""
     return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def _descriptor(x: Tensor, tokens: int, width: int) -> TensorDescriptor:
+    """Of ``x [B, T, heads, width]`` as ``[B, heads, T, width]``, to be read in tiles of so many tokens of one head.
+
+    Made without the class's own checks, which take longer than all else and which :func:`_aligned` has answered.
+    """
+    B, T, heads, last = x.shape
+    batch_stride, token_stride, head_stride, _ = x.stride()
+    descriptor = TensorDescriptor.__new__(TensorDescriptor)
+    descriptor.base, descriptor.padding = x, "zero"
+    descriptor.shape, descriptor.strides = [B, heads, T, last], [batch_stride, head_stride, token_stride, 1]
+    descriptor.block_shape = [1, 1, tokens, width]
+    return descriptor
+
+
+_compiled: dict[Any, Any] = {}
+
+
+def _launch(
+    kernel: Any, programs: int, tokens: tuple[Any, ...], pointers: tuple[Tensor, ...], numbers: tuple[Any, ...],
+    constants: tuple[Any, ...], tiles: Tiles,
+) -> None:  # fmt: skip
+    """``kernel[(programs,)](*tokens, *pointers, *numbers, *constants)``, at a fraction of the time on the host.
+
+    What Triton would look up for each argument follows from the constants and from the types and alignment of the
+    pointers, since the kernels specialise on no number.
+    """
+    key = (kernel, constants, tiles, *[(x.dtype, x.device, x.data_ptr() % 16 == 0) for x in pointers])
+    compiled = _compiled.get(key)
+    if compiled is None:
+        compiled = kernel[(programs,)](
+            *tokens, *pointers, *numbers, *constants, num_warps=tiles.warps, num_stages=tiles.stages
+        )
+        if compiled is not None:  # it is, under the interpreter
+            _compiled[key] = compiled
+    else:
+        compiled[(programs, 1, 1)](*tokens, *pointers, *numbers, *constants)
 
 
 def forward(
@@ -582,7 +645,7 @@ def forward(
     E = v.shape[-1]
     log_decay, decay = _decay_form(log_decay)
     precision = _precision(q.dtype)
-    tiles = choose_tiles(D, E, q.dtype, tokens, per_token=decay == 2, exact=precision == "ieee")
+    tiles = choose_tiles(D, E, q.dtype, decay == 2, precision == "ieee")
     blocks = triton.cdiv(E, tiles.columns)
     cut = _cut(q, cu_seqlens, blocks)
     o = q.new_empty(*q.shape[:3], E)
@@ -592,18 +655,25 @@ def forward(
         final_state = _new_states(cut.sequences, q, E, transposed)
     if cut.split:
         flags = torch.zeros(1 + cut.sequences * heads * blocks, dtype=torch.int32, device=q.device)
+    if cut.packed:
+        triton.set_allocator(_scratch)
     initial_state = None if initial_state is None else initial_state.contiguous()
-    triton.set_allocator(_scratch)
-    _forward_kernel[(cut.items * heads * blocks,)](
-        q, k, v, o, _or(log_decay, o), _or(initial_state, o), _or(final_state, o), _or(cu_seqlens, o), _or(flags, o),
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        scale, tokens, heads, heads // k.shape[2],
-        cut.sequences, cut.segment, cut.lead, cut.per_sequence, cut.items, D, E,
-        *_state_strides(D, E, transposed),
-        DECAY=decay, HAS_INITIAL=initial_state is not None, STORE_FINAL=return_final_state,
-        PACKED=cut.packed, SPLIT=cut.split, BLOCK_T=tiles.tokens, BLOCK_D=_padded(D), BLOCK_C=tiles.columns,
-        PRECISION=precision,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+    block_d, block_c = _padded(D), tiles.columns
+    _launch(
+        _forward_kernel, cut.items * heads * blocks,
+        (q, k, v) if cut.packed else tuple(
+            _descriptor(x, tiles.tokens, width) for x, width in ((q, block_d), (k, block_d), (v, block_c))
+        ),
+        (o, _or(log_decay, o), _or(initial_state, o), _or(final_state, o), _or(cu_seqlens, o), _or(flags, o)),
+        (
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], scale, tokens, heads, heads // k.shape[2],
+            cut.sequences, cut.segment, cut.lead, cut.per_sequence, cut.items,
+        ),
+        (
+            D, E, transposed, decay, initial_state is not None, return_final_state, cut.packed, cut.split, precision,
+            tiles.tokens, block_d, block_c,
+        ),
+        tiles,
     )  # fmt: skip
     return o, final_state
 
@@ -626,7 +696,7 @@ def backward(
     E, kv_heads = v.shape[-1], k.shape[2]
     log_decay, decay = _decay_form(log_decay)
     precision = _precision(q.dtype)
-    tiles = choose_tiles(max(D, E), max(D, E), q.dtype, tokens, per_token=decay == 2, exact=precision == "ieee")
+    tiles = choose_tiles(max(D, E), max(D, E), q.dtype, decay == 2, precision == "ieee")
     d_blocks, e_blocks = triton.cdiv(D, tiles.columns), triton.cdiv(E, tiles.columns)
     blocks = 2 * d_blocks + e_blocks
     cut = _cut(q, cu_seqlens, blocks)
@@ -639,22 +709,30 @@ def backward(
             states[i] = _new_states(cut.sequences, q, E, transposed)
     if cut.split:
         flags = torch.zeros(1 + cut.sequences * heads * blocks, dtype=torch.int32, device=q.device)
+    if cut.packed:
+        triton.set_allocator(_scratch)
     if need_decay:
         difference = torch.empty(2, d_blocks, batch, tokens, heads, dtype=torch.float32, device=q.device)
     initial_state, dfinal_state = (x if x is None else x.contiguous() for x in (initial_state, dfinal_state))
-    triton.set_allocator(_scratch)
-    _backward_kernel[(cut.items * heads * blocks,)](
-        q, k, v, do, dq, dk, dv, _or(difference, dq), _or(log_decay, dq), _or(initial_state, dq),
-        _or(dfinal_state, dq), *(_or(state, dq) for state in states), _or(cu_seqlens, dq), _or(flags, dq),
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
-        scale, tokens, heads, heads // kv_heads,
-        cut.sequences, cut.segment, cut.lead, cut.per_sequence, cut.items, D, E,
-        *_state_strides(D, E, transposed), batch * tokens * heads,
-        DECAY=decay, HAS_INITIAL=initial_state is not None, HAS_DFINAL=dfinal_state is not None,
-        STORE_DINITIAL=initial_state is not None, NEED_DIFFERENCE=need_decay,
-        PACKED=cut.packed, SPLIT=cut.split, BLOCK_T=tiles.tokens,
-        BLOCK_D=_padded(D), BLOCK_E=_padded(E), BLOCK_C=tiles.columns,
-        PRECISION=precision, num_warps=tiles.warps, num_stages=tiles.stages,
+    block_d, block_e, block_c = _padded(D), _padded(E), tiles.columns
+    widths = ((q, block_d), (k, block_d), (v, block_e), (do, block_e), (q, block_c), (k, block_c), (do, block_c))
+    _launch(
+        _backward_kernel, cut.items * heads * blocks,
+        tuple(x if cut.packed else _descriptor(x, tiles.tokens, width) for x, width in widths),
+        (
+            dq, dk, dv, _or(difference, dq), _or(log_decay, dq), _or(initial_state, dq), _or(dfinal_state, dq),
+            *(_or(state, dq) for state in states), _or(cu_seqlens, dq), _or(flags, dq),
+        ),
+        (
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
+            scale, tokens, heads, heads // kv_heads,
+            cut.sequences, cut.segment, cut.lead, cut.per_sequence, cut.items, batch * tokens * heads,
+        ),
+        (
+            D, E, transposed, decay, initial_state is not None, dfinal_state is not None, need_decay,
+            cut.packed, cut.split, precision, tiles.tokens, block_d, block_e, block_c,
+        ),
+        tiles,
     )  # fmt: skip
     if kv_heads != heads:
         dk, dv = (x.unflatten(2, (kv_heads, -1)).sum(3) for x in (dk, dv))
