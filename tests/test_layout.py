@@ -13,7 +13,8 @@ SOURCE = Path(__file__).parent.parent / "src"
 ALLOWED = {
     "tnss": {"tnss"},
     "tnl.ops": {"tnl.ops"},
-    "tnl.models": {"tnl.models", "tnl.ops"},
+    "tnl.slopes": set(),
+    "tnl.models": {"tnl.models", "tnl.ops", "tnl.slopes"},
     "tnl.training": {"tnl.training", "tnl.models", "tnl.ops"},
     "tnl.serving": {"tnl.serving", "tnl.models", "tnl.ops"},
     "tnl.integrations": {"tnl.integrations", "tnl.models", "tnl.ops"},

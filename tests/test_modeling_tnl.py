@@ -24,7 +24,7 @@ from transformers import (
 
 import tnl.models.tnl.modeling_tnl as modeling
 from tnl.models import TnlCache, TnlConfig, TnlForCausalLM, TnlModel
-from tnl.models.tnl.decay import log_decay
+from tnl.slopes import log_decay
 
 VOCABULARY = 61
 HYBRID = ["linear_attention", "full_attention", "linear_attention"]

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from tnl.models.tnl.decay import DECAY_SCHEDULES
+from tnl.slopes import DECAY_SCHEDULES
 
 LRPE_CHOICES = ("first", "all", "none")
 GATES = ("linear", "sigmoid", "low_rank_sigmoid", "none")
@@ -79,8 +79,8 @@ class TnlConfig(PreTrainedConfig):
         lrpe_layers: Layers whose queries and keys carry the learnt relative position encoding
             (LRPE-d, arXiv 2307.14995 section 3.1.1), which doubles their width: `"first"`, `"all"`,
             `"none"` or a list of layer indices from 0.
-        decay_schedule: Formula of the decay of each head and layer, see `tnl.models.tnl.decay`:
-            `"released"`, `"paper"`, `"uniform"` or `"none"`.
+        decay_schedule: Formula of the decay of each head and layer, see `tnl.slopes`: `"released"`,
+            `"paper"`, `"uniform"`, `"none"`, `"ling"` or `"minimax"`.
         gate: What multiplies the normalised attention output: `"linear"`, a projection u of the input
             (TNL); `"sigmoid"` of that (MiniMax); `"low_rank_sigmoid"`, of a projection through `head_dim`
             channels; or `"none"`.

@@ -27,9 +27,9 @@ from transformers.utils.output_capturing import capture_outputs
 
 from tnl.models.tnl.cache_tnl import TnlCache, TnlCacheLayer
 from tnl.models.tnl.configuration_tnl import TnlConfig
-from tnl.models.tnl.decay import log_decay
 from tnl.ops import lightning_attention, lightning_attention_step
 from tnl.ops.norm import gated_srms_norm, srms_norm
+from tnl.slopes import log_decay
 
 LRPE_BASE = 10000.0
 LOGITS_PER_CHUNK = 1 << 26  # 256 MiB of float32 logits at once in the memory-lean loss
