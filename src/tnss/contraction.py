@@ -31,7 +31,7 @@ class _Matrix:
     def __call__(self, operand: Array) -> Array:
         if self.axes is not None:
             operand = permuted(operand, self.axes)
-        matrix = operand.reshape(operand.shape[0], *self.shape)
+        matrix = operand.reshape(-1, *self.shape)
         return matrix.swapaxes(1, 2) if self.transposed else matrix
 
 
@@ -51,7 +51,7 @@ class Contraction:
     """A compiled contraction of operands with fixed indices and sizes."""
 
     steps: tuple[_Step, ...]
-    final_axes: tuple[int, ...]
+    final_axes: tuple[int, ...] | None
     flops: float
     peak: float
 
@@ -60,9 +60,8 @@ class Contraction:
         stack = list(operands)
         for step in self.steps:
             second, first = stack.pop(step.second), stack.pop(step.first)
-            product = step.left(first) @ step.right(second)
-            stack.append(product.reshape(product.shape[0], *step.result))
-        return permuted(stack[0], self.final_axes)
+            stack.append((step.left(first) @ step.right(second)).reshape(-1, *step.result))
+        return stack[0] if self.final_axes is None else permuted(stack[0], self.final_axes)
 
 
 @lru_cache(maxsize=100_000)
@@ -101,7 +100,7 @@ def compile_contraction(
         flops += 2.0 * math.prod(size[index] for index in {*first, *second})
         peak = max(peak, float(math.prod(size[index] for index in result)))
         stack.append(result)
-    axes = (0, *(stack[0].index(index) + 1 for index in output))
+    axes = None if stack[0] == output else (0, *(stack[0].index(index) + 1 for index in output))
     return Contraction(tuple(steps), axes, flops, peak)
 
 

@@ -22,7 +22,7 @@ from tnss.arrays import Array, Arrays, permuted
 from tnss.network import Network, ring_order
 from tnss.polish import polish
 from tnss.structure import Structure
-from tnss.sweeps import Plan, Template, plan_for
+from tnss.sweeps import Plan, Template, plan_for, smallest_ridge
 from tnss.warm import warm_cores
 
 BATCH_ENTRIES = {"cpu": 16_000_000, "cuda": 400_000_000}  # tensor entries times networks held at once
@@ -253,6 +253,10 @@ class _Race:
         self.cooling = 0.8 if max(map(len, plan.template.incident)) <= 2 else 0.9
         self.ridge = self.arrays.array([float(start.annealed) for start in starts])
         self.annealing = True
+        at = np.array([[v in edge for edge in plan.template.edges] for v in plan.positions], dtype=bool)
+        rows = np.where(at, self.ranks[:, None, :], 1).prod(2, dtype=float)  # without the padding, [B, positions]
+        self.per_row = self.arrays.array(1.0 / rows)
+        self._set_shares()
         # the level at which each request's growth ends: its own, whatever else is in the batch
         self.levels = dict.fromkeys((start.request for start in starts), 1)
         self.levels |= {s.request: max(r, default=1) for r, s in zip(own_ranks, starts, strict=True) if s.grown}
@@ -286,7 +290,7 @@ class _Race:
         sweep = 0
         while self.active:
             sweep += 1
-            squared = self.plan.sweep(self.data, self.cores, self.fitter.norm, self.weights, self.ridge)
+            squared = self.plan.sweep(self.data, self.cores, self.fitter.norm, self.weights, self.shares)
             self._balance()
             self._extrapolate(squared)
             if self.annealing:
@@ -295,6 +299,10 @@ class _Race:
                 self._grow(sweep // GROWTH_SWEEPS)
             if sweep % self.settings.check_every == 0 or sweep >= self.settings.sweeps:
                 self._leave(sweep, (squared / self.fitter.norm).tolist())
+
+    def _set_shares(self) -> None:
+        """The ridge of each start relative to the trace of the normal equations at each position."""
+        self.shares = self.ridge.clip(smallest_ridge(self.ridge))[:, None] * self.per_row
 
     def _norms(self, flat: Array) -> Array:
         """Norm of each core, [B, positions]."""
@@ -315,6 +323,7 @@ class _Race:
         """
         self.annealing = self.cooling**sweep >= ANNEALED_TO
         self.ridge *= self.cooling if self.annealing else 0.0
+        self._set_shares()
         if self.annealing:
             share = STIRRED * self._norms(self.flat) / self._norms(self.noise) * (self.ridge > 0)[:, None]
             self.flat += share @ self.owner.T * self.noise
@@ -389,6 +398,7 @@ class _Race:
         self.flat, self.noise, self.previous = self.flat[keep], self.noise[keep], self.previous[keep]
         self.cores = self.plan.split(self.flat)
         self.last, self.stride, self.ridge = self.last[keep], self.stride[keep], self.ridge[keep]
+        self.per_row, self.shares = self.per_row[keep], self.shares[keep]
 
 
 @contextmanager

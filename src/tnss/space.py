@@ -124,14 +124,16 @@ class Domain:
             point = Point(tuple(values), point.permutation)
         return point
 
-    def grid(self, point: Point, variable: int, radius: int) -> list[Point]:
+    def grid(self, point: Point, variable: int, radius: int, around: int | None = None) -> list[Point]:
         """Points that differ from ``point`` in one variable, ``point`` itself included, in ascending order.
 
         A rank's grid is ``[r - radius, r + radius]`` shifted into the allowed range; a parent's is its range.
+        ``r`` is the point's own rank, or ``around``.
         """
         low, high = self.lower[variable], self.upper[variable]
         if variable < self.ranks:
-            first = max(low, min(point.values[variable] - radius, high - 2 * radius))
+            around = point.values[variable] if around is None else around
+            first = max(low, min(around - radius, high - 2 * radius))
             low, high = first, min(high, first + 2 * radius)
         points = [
             Point((*point.values[:variable], value, *point.values[variable + 1 :]), point.permutation)

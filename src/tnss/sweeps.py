@@ -25,6 +25,7 @@ CALL_SECONDS = 2e-6  # one small NumPy operation, shared by the networks of a ba
 FLOPS_PER_SECOND = 0.3e10  # one CPU core, float64; only the ratio of the two matters
 RIDGE = 1e-10  # relative to the mean diagonal of the normal equations
 RIDGE_SINGLE = 1.2e-6  # the same in float32
+TINY = 1e-37  # keeps the equations of a network that is zero regular
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class Plan:
             cores: one array [B, ranks..., n] a position.
             norm: squared norm of ``X`` (not used with weights).
             weights: as ``data``, or None; the error is then ``sum of weights * (X - network)^2``.
-            ridge: [B], added to the normal equations times their mean diagonal; None for the smallest that
+            ridge: [B, positions], added to the normal equations times their trace; None for the smallest that
                 rounding needs.
         """
         if weights is not None:
@@ -200,14 +201,17 @@ class Plan:
             gram = weighted @ matrix.swapaxes(2, 3)
             right = weighted @ self._unfolded(data, v)[..., None]
             batch, size, rows, _ = gram.shape
-            repeated = None if ridge is None else ridge[[b for b in range(batch) for _ in range(size)]]
+            repeated = None if ridge is None else ridge[[b for b in range(batch) for _ in range(size)], v]
             core = _regularised_solve(gram.reshape(-1, rows, rows), right.reshape(-1, rows, 1), repeated)
             cores[v][...] = core.reshape(batch, size, rows).swapaxes(1, 2).reshape(cores[v].shape)
         return self.squared_error(data, cores, weights)
 
     def _solve(self, position: int, gram: Array, right: Array, cores: list[Array], ridge: Array | None) -> Array:
-        core = _regularised_solve(gram, right, ridge)
+        """Update one core; at the last position, what the networks then explain of ``||X||^2`` [B]."""
+        core = _regularised_solve(gram, right, None if ridge is None else ridge[:, position])
         cores[position][...] = core.reshape(cores[position].shape)
+        if position < self.positions[-1]:
+            return None
         # ||X||^2 - ||X - M^T G||^2, true for any G, so that the ridge is accounted for
         return ((2.0 * right - gram @ core) * core).sum((1, 2))
 
@@ -227,17 +231,18 @@ def _tree_cost(node: _Node) -> tuple[int, float]:
     return steps, flops
 
 
+def smallest_ridge(array: Array) -> float:
+    """The ridge that rounding needs, relative to the mean diagonal of the normal equations."""
+    return RIDGE if array.itemsize == 8 else RIDGE_SINGLE
+
+
 def _regularised_solve(gram: Array, right: Array, ridge: Array | None) -> Array:
-    """Solve ``(gram + ridge) core = right``; rows that are zero (padding) give exactly zero."""
+    """Solve ``(gram + ridge * trace) core = right``; rows that are zero (padding) give exactly zero."""
     batch, rows, _ = gram.shape
     shifted = gram.reshape(batch, -1) + 0.0
     diagonal = shifted[:, :: rows + 1]
-    padding = diagonal == 0
-    filled = (~padding).sum(1).clip(1)  # padding must not thin the mean out
-    smallest, tiny = (RIDGE, 1e-300) if gram.itemsize == 8 else (RIDGE_SINGLE, 1e-37)
-    mean = (diagonal.sum(1) / filled).clip(tiny)
-    added = mean * (smallest if ridge is None else ridge.clip(smallest))
-    diagonal += added[:, None] + mean[:, None] * padding
+    added = diagonal.sum(1) * (smallest_ridge(gram) / rows if ridge is None else ridge)
+    diagonal += added[:, None] + TINY
     return solve(shifted.reshape(gram.shape), right)
 
 

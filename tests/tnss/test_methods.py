@@ -81,13 +81,28 @@ def test_tnale_on_grids_narrower_than_the_radius(max_rank: int) -> None:
 
 
 def test_tnale_leaves_a_point_where_it_is_stuck() -> None:
-    current = view(start=Point(tuple(TARGET.tolist()), (0, 1, 2, 3, 4)))
+    """From the optimum: one iteration, then as many steps as variables lead back to it, then random points around."""
+    start = Point(tuple(TARGET.tolist()), (0, 1, 2, 3, 4))
+    current = view(start=start)
     method = TnALE(current, TnALEOptions(initial_rounds=0))
-    starts = []
-    for step in range(12 * 11):
+    grids = []
+    for _ in range(60):
+        grids.append([proposal.point for proposal in method.ask()])
+        method.tell(evaluate(current, grids[-1]))
+    assert all(start in grid for grid in grids[: 11 + 6])
+    assert start not in grids[11 + 6]
+    for grid in grids:
+        for point in grid:
+            assert max(abs(np.array(point.values) - TARGET)) <= 2  # a grid at the edge of the range is shifted
+            assert point.permutation in {other.permutation for other in current.domain.transpositions(start)}
+
+
+def test_tnale_keeps_its_grids_around_the_centre() -> None:
+    """However far a landscape pulls, a rank moves by the radius in an iteration, there and back included."""
+    current = view(start=Point((3,) * 5, (0, 1, 2, 3, 4)), max_rank=9)
+    method = TnALE(current, TnALEOptions(initial_rounds=0))
+    for _ in range(11):
         points = [proposal.point for proposal in method.ask()]
-        if step % 11 == 0:
-            starts.append(points[0])
-        method.tell(evaluate(current, points))
-    assert len(set(starts[:7])) == 1  # stuck N + 1 times
-    assert starts[7] != starts[6]
+        assert {rank for point in points for rank in point.values} <= {2, 3, 4}
+        method.tell([Evaluation(p, current.domain.decode(p), -float(sum(p.values)), 0.0) for p in points])
+    assert {rank for proposal in method.ask() for rank in proposal.point.values} <= {3, 4, 5}

@@ -1,18 +1,25 @@
 """TnALE: alternating local enumeration (arXiv 2304.12875, algorithm 1), by the book.
 
-One round trip over the variables (first to last, then the permutation, then last to first) enumerates each one's
-neighbourhood with the others held, and moves to the best. In the optional initial phase only three points of a
+An iteration is a round trip over the variables (first to last, then the permutation, then last to first) that
+enumerates each one's grid around the iteration's centre with the others held, and moves to the best. The next centre
+is the best point found. Where the steps keep leading back to the centre, or the iteration ends worse than it, the next
+one starts from a random point of the centre's neighbourhood. In the optional initial phase only three points of a
 rank's grid are fitted and the RSE of the others is interpolated by two straight lines.
+
+The paper leaves some rules open (when a search is stuck, what a restart draws); they are those of its authors' code.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 from tnss.methods.base import Evaluation, Proposal, View
-from tnss.space import Point
+from tnss.space import Domain, Point
+
+RANDOM_TRIES = 100
 
 
 @dataclass(frozen=True)
@@ -44,77 +51,114 @@ class TnALE:
 
     def __init__(self, view: View, options: TnALEOptions | None = None) -> None:
         self.view, self.options = view, options or TnALEOptions()
-        self._known: dict[str, float] = {}  # best RSE by structure: refits act as restarts
+        self._carried = math.inf  # least RSE, fitted or interpolated, of the point the search stands on
         self._told: list[Evaluation] = []
         self._steps = self._search()
-        self._asked: list[Proposal] | None = None
 
     def ask(self) -> list[Proposal]:
         """The grid of the next variable."""
-        self._asked = next(self._steps)
-        return self._asked
+        return next(self._steps)
 
     def tell(self, evaluations: Sequence[Evaluation]) -> None:
         """The outcome of that grid."""
         self._told = list(evaluations)
-        for evaluation in evaluations:
-            key = evaluation.structure.key
-            self._known[key] = min(evaluation.rse, self._known.get(key, float("inf")))
 
     def _search(self) -> Generator[list[Proposal], None, None]:
-        domain, options = self.view.domain, self.options
+        options = self.options
         point = self.view.first_point()
-        centre, centre_merit, stuck, iteration = point, float("inf"), 0, 0
-        while True:
+        centre, centre_merit, restarted = point, math.inf, False
+        for iteration in itertools.count():
             initial = iteration < options.initial_rounds
             radius = options.initial_radius if initial else options.radius
-            if iteration == options.initial_rounds:
-                centre_merit = float("inf")  # values that rest on interpolation are forgotten
-            point, merit = yield from self._iteration(point, radius, initial)
-            stuck = 0 if merit < centre_merit else stuck + 1
-            if merit <= centre_merit:
-                centre, centre_merit = point, merit
-            if merit > centre_merit or stuck > domain.order:
-                point, stuck = self._random_neighbour(centre, radius), 0
-            iteration += 1
+            reach = _Reach(centre, radius, initial, watched=iteration > 0, restarted=restarted)
+            point, merit, ending = yield from self._iteration(point, reach)
+            better = merit <= centre_merit
+            if iteration + 1 == options.initial_rounds:  # what rests on interpolation is forgotten
+                centre = point if better else centre
+                point, centre_merit, restarted, self._carried = centre, math.inf, False, math.inf
+            elif ending == "complete" and better:
+                centre, centre_merit, restarted = point, merit, False
+            else:
+                if ending == "stuck":
+                    centre, centre_merit = point, merit
+                point, restarted, self._carried = self._random_neighbour(centre, radius), True, math.inf
 
-    def _iteration(
-        self, point: Point, radius: int, interpolate: bool
+    def _iteration(self, point: Point, reach: _Reach) -> Generator[list[Proposal], None, tuple[Point, float, str]]:
+        """One iteration from a point; gives its best point and objective, and how it ended.
+
+        It is over at the end of its round trips (``"complete"``), or once as many steps as there are variables have
+        led to the centre (``"stuck"``), or one has, if it began at a random point (``"returned"``).
+        """
+        variables: list[int | None] = list(range(len(self.view.domain.lower)))
+        if self.view.domain.permute:
+            variables.append(None)
+        trip = [*variables, *variables[-2:0:-1]] * self.options.round_trips + variables[:1]
+        best, best_merit, at_centre = point, math.inf, 0
+        for variable in trip:
+            point, merit = yield from self._enumerate(point, variable, reach)
+            if merit <= best_merit:
+                best, best_merit = point, merit
+            if reach.watched and point == reach.centre:
+                at_centre += 1
+                if reach.restarted:
+                    return best, best_merit, "returned"
+                if at_centre == len(variables):
+                    return best, best_merit, "stuck"
+        return best, best_merit, "complete"
+
+    def _enumerate(
+        self, point: Point, variable: int | None, reach: _Reach
     ) -> Generator[list[Proposal], None, tuple[Point, float]]:
-        variables = list(range(len(self.view.domain.lower)))
-        merit = float("inf")
-        for _ in range(self.options.round_trips):
-            for variable in [*variables, None, *reversed(variables)]:
-                if variable is None:
-                    if not self.view.domain.permute:
-                        continue
-                    grid = self.view.domain.transpositions(point)
-                else:
-                    grid = self.view.domain.grid(point, variable, radius)
-                ranks_only = variable is not None and variable < self.view.domain.ranks
-                point, merit = yield from self._enumerate(grid, interpolate and ranks_only)
-        return point, merit
+        """Fit the grid of a variable around the centre (three points of it when interpolating); give its best point.
 
-    def _enumerate(self, grid: list[Point], interpolate: bool) -> Generator[list[Proposal], None, tuple[Point, float]]:
-        """Fit a grid (three points of it when interpolating) and give its best point."""
+        The point the search stands on is fitted again and keeps the least RSE it had: repeats act as restarts.
+        """
+        domain = self.view.domain
+        grid = _grid(domain, point, variable, reach)
+        here = grid.index(point)
+        interpolate = reach.interpolate and variable is not None and variable < domain.ranks
         fitted = sorted({0, len(grid) // 2, len(grid) - 1}) if interpolate else list(range(len(grid)))
         yield [Proposal(grid[i]) for i in fitted]
-        structures = [self.view.domain.decode(point) for point in grid]
-        rse = {i: self._known[structures[i].key] for i in fitted}
+        rse = {i: evaluation.rse for i, evaluation in zip(fitted, self._told, strict=True)}
+        if here in rse:
+            rse[here] = min(rse[here], self._carried)
         for left, right in itertools.pairwise(fitted):
             for i in range(left + 1, right):
                 share = (i - left) / (right - left)
                 rse[i] = (1 - share) * rse[left] + share * rse[right]
-        merits = {i: self.view.merit(structures[i], rse[i]) for i in rse}
+        rse[here] = min(rse[here], self._carried)
+        merits = {i: self.view.merit(domain.decode(grid[i]), rse[i]) for i in rse}
         best = min(merits, key=lambda i: (merits[i], i))
+        self._carried = rse[best]
         return grid[best], merits[best]
 
     def _random_neighbour(self, centre: Point, radius: int) -> Point:
-        """A random point of the neighbourhood: every variable moved within its radius, two modes swapped."""
+        """A random point of the neighbourhood, differing in more than the variable that is enumerated first."""
         generator, domain = self.view.generator, self.view.domain
-        point = centre
-        for variable in range(len(domain.lower)):
-            grid = domain.grid(point, variable, radius)
-            point = grid[int(generator.integers(len(grid)))]
-        swaps = domain.transpositions(point)
-        return swaps[int(generator.integers(len(swaps)))]
+        reach = _Reach(centre, radius)
+        for _ in range(RANDOM_TRIES):
+            point = centre
+            for variable in [*range(len(domain.lower)), *([None] if domain.permute else [])]:
+                grid = _grid(domain, point, variable, reach)
+                point = grid[int(generator.integers(len(grid)))]
+            if point.values[1:] != centre.values[1:] or point.permutation != centre.permutation:
+                break
+        return point
+
+
+@dataclass(frozen=True)
+class _Reach:
+    """The neighbourhood of an iteration: all its grids lie around one centre."""
+
+    centre: Point
+    radius: int
+    interpolate: bool = False
+    watched: bool = False
+    restarted: bool = False
+
+
+def _grid(domain: Domain, point: Point, variable: int | None, reach: _Reach) -> list[Point]:
+    """Points with another value of one variable, from the grid around the centre."""
+    if variable is None:
+        return [Point(point.values, other.permutation) for other in domain.transpositions(reach.centre)]
+    return domain.grid(point, variable, reach.radius, reach.centre.values[variable])
