@@ -12,7 +12,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 # What takes seconds to import, once for all tests of a session.
-PRELOADED = ["pytest", "tnl.ops.context_parallel", "tnl.training.loop", "torch.utils.tensorboard", "matplotlib.figure"]
+PRELOADED = [
+    "pytest",
+    "tnl.ops.context_parallel",
+    "tnl.training.loop",
+    "torch.distributed.tensor.parallel",
+    "torch.utils.tensorboard",
+    "matplotlib.figure",
+]
 
 
 def run_ranks(ranks: int, function: Callable[..., None], *arguments: Any) -> None:

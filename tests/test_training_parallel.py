@@ -159,7 +159,12 @@ def test_shared_rows_equal_one_process_and_exchange_checkpoints(config: Path, al
         (["--parallel.context", "3"], "parallel.context: expected a divisor of the number of processes, 2, got 3"),
         (["--parallel.context", "2", "--micro_batch_size", "2"], "micro_batch_size: expected 1 .* got 2"),
         (
-            ["--parallel.context", "2", "--model.overrides", "{layer_types: [linear_attention, full_attention]}"],
+            [
+                "--parallel.context",
+                "2",
+                "--model.overrides",
+                "{num_hidden_layers: 2, layer_types: [linear_attention, full_attention]}",
+            ],
             "parallel.context: expected 1 for a model that is not TNL with linear attention in all layers",
         ),
     ],

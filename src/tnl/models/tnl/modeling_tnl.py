@@ -101,19 +101,25 @@ class TnlRelativePositions(nn.Module):
         initialization.copy_(self.theta, theta.expand_as(self.theta))
 
     def rotation(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of `theta t`, as `rotation_by` gives them."""
+        return self.rotation_by(self.theta, position_ids, dtype)
+
+    @staticmethod
+    def rotation_by(theta: Tensor, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosine and sine of `theta t`.
 
         The angle is reduced to one turn in float64: at a position of a million, float32 would be off
         by several hundredths of a radian.
 
         Args:
+            theta: `[H, 1, E]`.
             position_ids: `[B or 1, T]` integers.
             dtype: dtype of the result.
 
         Returns:
             Two tensors `[B or 1, T, H, E]`.
         """
-        angle = position_ids[..., None, None].double() * self.theta[:, 0].double()
+        angle = position_ids[..., None, None].double() * theta[:, 0].double()
         angle = torch.remainder(angle, 2 * math.pi).to(dtype)
         return angle.cos(), angle.sin()
 
