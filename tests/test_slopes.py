@@ -64,7 +64,7 @@ def test_minimax_schedules_differ_by_little() -> None:
 
 
 def test_ling_schedule_is_one_layer_late() -> None:
-    """Ling counts from a layer that is not there: the first factor is beyond 1, others are those of the layer before."""
+    """Ling counts from a layer that is not there: a first factor beyond 1, then those of the layer before."""
     decay = log_decay("ling", 5, 8)
     for layer, factor in enumerate([1.25, 1.0, 0.75, 0.5, 0.25]):
         expected = -alibi_slopes(8).float() * (factor + 1e-5)

@@ -1,0 +1,1 @@
+"""The operators inside other libraries' models; a module each, imported on its own."""
