@@ -151,7 +151,7 @@ def test_tiles_fit_the_chip() -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for width in (16, 64, 80, 96, 128, 192, 256):
             for columns in (16, 64, 128, 256):
-                tiles = lightning_triton.choose_tiles(width, columns, dtype, per_token=True, exact=False)
+                tiles = lightning_triton.choose_tiles(width, columns, dtype, True, per_token=True, exact=False)
                 padded = max(16, 1 << (width - 1).bit_length())
                 assert padded * tiles.columns <= 128 * 32 * tiles.warps
                 assert tiles.tokens & (tiles.tokens - 1) == 0

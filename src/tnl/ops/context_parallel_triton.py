@@ -70,7 +70,7 @@ def sum_up(y: Tensor, z: Tensor, log_weight: Tensor, before: bool, heads: int) -
     batch, tokens, _, K = y.shape
     M = z.shape[-1]
     precision = _precision(y.dtype)
-    tiles = choose_tiles(K, M, y.dtype, tokens, exact=precision == "ieee")
+    tiles = choose_tiles(K, M, y.dtype, False, False, precision == "ieee")
     segment = max(SHORTEST_SEGMENT, triton.cdiv(triton.cdiv(tokens, MOST_SEGMENTS), tiles.tokens) * tiles.tokens)
     grid = (batch * heads, triton.cdiv(tokens, segment), triton.cdiv(M, tiles.columns))
     out = torch.empty(grid[1], batch, heads, K, M, dtype=torch.float32, device=y.device)
