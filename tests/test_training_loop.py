@@ -5,7 +5,12 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
+import sys
+import threading
+import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tnl.training import loop
-from tnl.training.checkpoint import find_fault
+from tnl.training.checkpoint import Checkpoints, find_fault
 from tnl.training.config import (
     DataSettings,
     ModelSettings,
@@ -127,6 +132,10 @@ def test_a_run_leaves_model_metrics_plot_and_checkpoints(finished: Path) -> None
     assert [row["step"] for row in rows if "held_out_loss" in row] == [4, 8]
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert all(row["tokens_per_second"] > 0 and 0 <= row["data_wait"] < 1 for row in rows)
+    # 6 operations for each parameter of a matrix, 12 D E for each head of each layer
+    flops = 6 * (320 * 32 + 2 * (4 * 32 * 32 + 32 * 32 + 3 * 32 * 48)) + 12 * 2 * (32 * 16 + 16 * 16)
+    for row in rows:
+        assert row["model_tflops"] * 1e12 == pytest.approx(flops * row["tokens_per_second"], rel=0.01)
     with (finished / "metrics.csv").open() as file:
         table = list(csv.DictReader(file))
     assert [float(row["loss"]) for row in table] == [row["loss"] for row in rows]
@@ -216,6 +225,42 @@ def test_kill_while_a_checkpoint_is_written(
     assert_same_run(tmp_path, finished)
 
 
+def test_training_goes_on_while_a_checkpoint_is_written(
+    tmp_path: Path, corpus: str, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written is the state of its step, whatever the steps do meanwhile."""
+    settings = with_dropout(settings_for(tmp_path, corpus))
+    written = threading.Event()
+    finish = Checkpoints._finish
+
+    def when_allowed(*arguments: Any) -> None:
+        assert written.wait(60)
+        finish(*arguments)
+
+    def allow() -> None:
+        assert not list((tmp_path / "checkpoints").glob("step-*"))
+        written.set()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "_finish", when_allowed)
+        after_step(patch, 5, allow)
+        loop.train(settings)
+    assert_same_run(tmp_path, finished)
+
+    shutil.rmtree(tmp_path / "checkpoints")
+    with monkeypatch.context() as patch:
+        written.clear()
+        patch.setattr(Checkpoints, "_finish", when_allowed)
+        after_step(patch, 5, written.set)
+        after_step(patch, 5, kill)
+        with pytest.raises(Killed):
+            loop.train(settings)
+    while not (tmp_path / "checkpoints" / "step-00000003").is_dir():
+        time.sleep(0.01)  # the thread outlives what stands for a kill here
+    loop.train(dataclasses.replace(settings, resume=True))
+    assert_same_run(tmp_path, finished)
+
+
 def test_another_run_is_not_resumed_and_not_overwritten(tmp_path: Path, corpus: str, finished: Path) -> None:
     same = with_dropout(settings_for(finished, corpus))
     before = losses(finished)
@@ -257,6 +302,26 @@ def test_steps_that_are_not_finite_are_skipped_then_end_the_run(
     bad_steps[:] = [5, 6, 7, 8]
     with pytest.raises(FloatingPointError, match=r"in 3 steps in a row; the last good checkpoint: .*step-00000006"):
         loop.train(settings_for(tmp_path / "ending", corpus, max_skipped_steps=3))
+
+
+def test_metrics_go_to_a_tracker_too(tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights & Biases and trackio have the same three functions; a module with them stands for either."""
+    calls: list[tuple[str, Any]] = []
+    tracker: Any = types.ModuleType("trackio")
+    tracker.init = lambda **options: calls.append(("init", options))
+    tracker.log = lambda row, step: calls.append(("log", (row, step)))
+    tracker.finish = lambda: calls.append(("finish", None))
+    monkeypatch.setitem(sys.modules, "trackio", tracker)
+    loop.train(settings_for(tmp_path / "run", corpus, steps=2, tracker="trackio"))
+    assert [name for name, _ in calls] == ["init", "log", "log", "finish"]
+    assert calls[0][1]["name"] == "run"
+    assert calls[0][1]["config"]["steps"] == 2
+    assert [step for _, (row, step) in calls[1:3]] == [1, 2]
+    assert calls[1][1][0]["loss"] == losses(tmp_path / "run")[0]
+
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="tracker: expected a package that is installed, got 'wandb'; pip install"):
+        loop.train(settings_for(tmp_path / "other", corpus, steps=2, tracker="wandb"))
 
 
 def test_training_goes_on_from_a_folder_of_weights(tmp_path: Path, corpus: str, finished: Path) -> None:

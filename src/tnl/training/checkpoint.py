@@ -3,7 +3,7 @@
 A checkpoint is the folder `step-00001000` with the shards of `torch.distributed.checkpoint` (model, optimiser, random
 number generators) and `run.json` (step, scheduler, position in the data, what the run trains on, sizes of all files).
 It is written under another name, flushed to the disk and then renamed: a folder of that name is complete, or was
-damaged later, which the sizes show.
+damaged later, which the sizes show. Training waits only until everything is copied to the main memory; a thread writes.
 
 `torch.distributed.checkpoint` keeps its index as a pickle: resume only from folders that you trust.
 """
@@ -11,6 +11,7 @@ damaged later, which the sizes show.
 import contextlib
 import json
 import shutil
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,10 +38,16 @@ class Checkpoints:
         keep: How many of the newest are kept.
         ranks: The processes that write them together.
         warn: Called with one line for each checkpoint that is passed over.
+        asynchronous: Whether `save` returns while a thread still writes.
     """
 
-    def __init__(self, folder: Path, keep: int, ranks: Ranks, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: Path, keep: int, ranks: Ranks, warn: Callable[[str], None], asynchronous: bool = True
+    ) -> None:
         self.folder, self.keep, self.ranks, self.warn = folder, keep, ranks, warn
+        self.asynchronous = asynchronous
+        self._writing: _Writing | None = None
+        self._group: torch.distributed.ProcessGroup | None = None
 
     def complete(self) -> list[Path]:
         """Complete checkpoints, oldest first; a damaged one is named with what is wrong."""
@@ -57,8 +64,8 @@ class Checkpoints:
         """The newest complete checkpoint."""
         return next(iter(reversed(self.complete())), None)
 
-    def save(self, step: int, record: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
-        """Write a checkpoint and delete the oldest ones.
+    def save(self, step: int, record: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Write a checkpoint and delete the oldest ones; waits for the one before to be written.
 
         Args:
             step: Names the checkpoint.
@@ -67,8 +74,9 @@ class Checkpoints:
             optimizer: Its state is saved.
 
         Raises:
-            OSError: It could not be written; nothing of it is left, older ones are whole.
+            OSError: As :meth:`finish`.
         """
+        self.finish()
         path = self.folder / f"{PREFIX}{step:08d}"
         unfinished = self.folder / f"{UNFINISHED}{path.name}"
         if self.ranks.is_first:
@@ -76,20 +84,52 @@ class Checkpoints:
             for leftover in self.folder.glob(f"{UNFINISHED}*"):
                 shutil.rmtree(leftover)
         self.ranks.wait()
-        try:
-            with _alone_is_fine():
-                dcp.save(self._state(model, optimizer), checkpoint_id=unfinished)
-            self.ranks.wait()
-            if self.ranks.is_first:
+        if self.ranks.mesh is not None and self._group is None:
+            # The thread talks to the others at its own times, so not in the group of the steps.
+            self._group = torch.distributed.new_group(backend="gloo")
+        state = self._state(model, optimizer)
+        self._writing = _Writing(path, unfinished, lambda: self._write(state, unfinished, path, record))
+        if not self.asynchronous:
+            self.finish()
+
+    def _write(self, state: dict[str, Any], unfinished: Path, path: Path, record: dict[str, Any]) -> Callable[[], None]:
+        """Copy the state to the main memory; what is left to do."""
+        _expect_to_be_alone()
+        future: Any = dcp.async_save(state, checkpoint_id=unfinished, process_group=self._group)
+
+        def rest() -> None:
+            getattr(future, "upload_completion", future).result()
+            if self.ranks.is_first:  # all have written what is theirs: the first one got word of it
                 self._finish(unfinished, path, record)
-        except (Exception, CheckpointException) as error:  # the latter is a BaseException
-            shutil.rmtree(unfinished, ignore_errors=True)
+
+        return rest
+
+    @property
+    def failed(self) -> bool:
+        """Whether this process knows that the checkpoint under way cannot be written; `finish` says why."""
+        return self._writing is not None and self._writing.error is not None
+
+    def finish(self) -> None:
+        """Wait until the checkpoint under way is written; all processes call it together.
+
+        Raises:
+            OSError: It could not be written; nothing of it is left, older ones are whole.
+        """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        writing.thread.join()
+        error = writing.error
+        if error is not None and not isinstance(error, Exception | CheckpointException):
+            raise error
+        reasons = [reason for reason in self.ranks.gather(error and _reason(error)) if reason]
+        if reasons:
+            if self.ranks.is_first:
+                shutil.rmtree(writing.unfinished, ignore_errors=True)
             before = self.newest() or "none"
             raise OSError(
-                f"cannot write checkpoint {path} ({_reason(error)}); the newest complete one: {before}"
+                f"cannot write checkpoint {writing.path} ({reasons[0]}); the newest complete one: {before}"
             ) from error
-        self.ranks.wait()
-        return path
 
     def _finish(self, unfinished: Path, path: Path, record: dict[str, Any]) -> None:
         sizes = {file.name: file.stat().st_size for file in sorted(unfinished.iterdir())}
@@ -109,8 +149,8 @@ class Checkpoints:
         """Read a checkpoint into model, optimiser and (with as many processes) the random number generators."""
         same_ranks = record["ranks"] == self.ranks.size
         state = self._state(model, optimizer, with_generators=same_ranks)
-        with _alone_is_fine():
-            dcp.load(state, checkpoint_id=path)
+        _expect_to_be_alone()
+        dcp.load(state, checkpoint_id=path)
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         if same_ranks:
             set_generator_states(state["generators"][str(self.ranks.rank)])
@@ -125,6 +165,37 @@ class Checkpoints:
         return state
 
 
+class _Writing:
+    """A checkpoint that a thread writes.
+
+    Attributes:
+        path: Its name when it is complete.
+        unfinished: Its name until then.
+        thread: Ends when it is written, or cannot be.
+        error: What went wrong.
+    """
+
+    def __init__(self, path: Path, unfinished: Path, begin: Callable[[], Callable[[], None]]) -> None:
+        self.path, self.unfinished = path, unfinished
+        self.error: BaseException | None = None
+        self._rest: Callable[[], None] = lambda: None
+        with self._noted():
+            self._rest = begin()
+        self.thread = threading.Thread(target=self._run, name=f"write {path.name}")
+        self.thread.start()
+
+    def _run(self) -> None:
+        with self._noted():
+            self._rest()
+
+    @contextlib.contextmanager
+    def _noted(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:  # CheckpointException is one too
+            self.error = error
+
+
 def _reason(error: BaseException) -> str:
     """What went wrong in one line: the operating system's word where there is one behind the error."""
     failures = [failure for failure, _ in error.failures.values()] if isinstance(error, CheckpointException) else []
@@ -137,12 +208,9 @@ def _reason(error: BaseException) -> str:
     return (str(error) or repr(error)).strip().splitlines()[-1]
 
 
-@contextlib.contextmanager
-def _alone_is_fine() -> Iterator[None]:
-    """Without the warning that a process without process group gets."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-        yield
+def _expect_to_be_alone() -> None:
+    """No warning for a process without a process group; for good, since it may come from the thread that writes."""
+    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 
 def find_fault(path: Path) -> str | None:

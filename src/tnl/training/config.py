@@ -126,6 +126,8 @@ class TrainSettings:
         evaluate_rows: Most rows of held-out text used each time; 0 takes all of them.
         checkpoint_every: Steps between two checkpoints; 0 writes one at the end only.
         keep_checkpoints: Newest checkpoints that are kept.
+        asynchronous_checkpoints: Go on training while a checkpoint is written; takes its size in main memory.
+        tracker: Where metrics go besides files and TensorBoard: Weights & Biases or trackio, under the project `tnl`.
         max_skipped_steps: Steps in a row whose loss or gradient is not finite (they are skipped) that end the run.
         resume: Go on from the newest complete checkpoint in `output`, or begin where there is none.
     """
@@ -147,6 +149,8 @@ class TrainSettings:
     evaluate_rows: int = 256
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
+    asynchronous_checkpoints: bool = True
+    tracker: Literal["none", "wandb", "trackio"] = "none"
     max_skipped_steps: int = 10
     resume: bool = False
 

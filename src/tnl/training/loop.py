@@ -37,6 +37,7 @@ from tnl.training.data import (
     prepare_corpus,
     prepare_tokenizer,
 )
+from tnl.training.flops import flops_per_token, matrix_parameters, peak_flops
 from tnl.training.model import build_model, keeps_documents_apart, save_model
 from tnl.training.parallel import Ranks, join_ranks
 from tnl.training.report import Report, memory_gib
@@ -69,6 +70,7 @@ class Run:
     sampler: RowSampler
     loader: Any  # a StatefulDataLoader
     identity: dict[str, Any]  # what a checkpoint must agree with
+    token_flops: float  # operations of forward and backward pass for one token
     progress: Progress
 
     @property
@@ -124,6 +126,7 @@ def train(settings: TrainSettings) -> Path | None:
                     row = {"loss": result.loss, "gradient_norm": result.gradient_norm} | interval.rates()
                     row["learning_rate"] = learning_rate(settings.optimizer, step, settings.steps)
                     row["memory_gib"] = memory_gib(ranks.device.type)
+                    row |= flops_use(run, row["tokens_per_second"])
                     interval = Interval()
                 if is_due(step, settings.evaluate_every, settings.steps) and run.corpus.held_out is not None:
                     row["held_out_loss"] = held_out_loss(run)
@@ -133,8 +136,10 @@ def train(settings: TrainSettings) -> Path | None:
                     save(run)
                     report.draw()
                 if result.stop and step < settings.steps:
+                    run.checkpoints.finish()
                     report.say(f"stopped by a signal after step {step}: go on with --resume")
                     return None
+            run.checkpoints.finish()
             folder = Path(settings.output) / "model"
             export(run, folder)
             report.draw()
@@ -145,8 +150,10 @@ def train(settings: TrainSettings) -> Path | None:
 def assemble(settings: TrainSettings, ranks: Ranks) -> Run:
     """Prepare data, model, optimiser and loader, the same in every process."""
     output = Path(settings.output)
-    report = Report(output, settings.steps, active=ranks.is_first)
-    checkpoints = Checkpoints(output / "checkpoints", settings.keep_checkpoints, ranks, report.say)
+    report = Report(settings, active=ranks.is_first)
+    checkpoints = Checkpoints(
+        output / "checkpoints", settings.keep_checkpoints, ranks, report.say, settings.asynchronous_checkpoints
+    )
     refuse_to_overwrite(checkpoints, settings)
     micro_batch_size = choose_micro_batch(settings, ranks)
 
@@ -163,6 +170,7 @@ def assemble(settings: TrainSettings, ranks: Ranks) -> Run:
     torch.manual_seed(settings.seed)
     model = build_model(settings.model, tokenizer, settings.sequence_length, ranks.device)
     identity = identify(settings, model, corpus)
+    token_flops = flops_per_token(matrix_parameters(model), model.config, settings.sequence_length)
     if not keeps_documents_apart(model):
         report.say(f"warning: {type(model).__name__} lets the documents of a row see each other")
     parallel.lay_out(model, settings.parallel, ranks)
@@ -171,7 +179,7 @@ def assemble(settings: TrainSettings, ranks: Ranks) -> Run:
         (output / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
     return Run(
         settings, ranks, report, checkpoints, tokenizer, corpus, model.train(), optimizer, sampler, loader, identity,
-        Progress(),
+        token_flops, Progress(),
     )  # fmt: skip
 
 
@@ -207,8 +215,10 @@ def take_step(run: Run, step: int, batches: list[Batch], stop: threading.Event) 
     settings, ranks, progress = run.settings, run.ranks, run.progress
     # The number of predicted tokens of all processes comes first: every micro-batch divides by it.
     tokens = sum(int((batch["targets"] != IGNORED).sum()) for batch in batches)
-    counts = ranks.sum(torch.tensor([tokens, int(stop.is_set())]))
-    tokens, stops = counts.tolist()
+    counts = ranks.sum(torch.tensor([tokens, int(stop.is_set()), int(run.checkpoints.failed)]))
+    tokens, stops, failures = counts.tolist()
+    if failures:
+        run.checkpoints.finish()  # raises, in all processes at the same step
     loss = torch.zeros((), device=ranks.device)
     for number, batch in enumerate(batches, start=1):
         parallel.exchange_gradients(run.model, number == len(batches))
@@ -229,6 +239,7 @@ def take_step(run: Run, step: int, batches: list[Batch], stop: threading.Event) 
         progress.skipped_in_a_row += 1
         run.report.say(f"skipped step {step}: loss {mean}, gradient norm {gradient_norm}")
         if progress.skipped_in_a_row >= settings.max_skipped_steps:
+            run.checkpoints.finish()
             good = run.checkpoints.newest() or "none was written"
             raise FloatingPointError(
                 f"loss or gradient was not finite in {progress.skipped_in_a_row} steps in a row; "
@@ -412,6 +423,17 @@ def describe(run: Run) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------- small things
+
+
+def flops_use(run: Run, tokens_per_second: float) -> dict[str, float]:
+    """Operations a second and process in units of 10^12; as a share of the device's most in bfloat16, where known."""
+    flops = run.token_flops * tokens_per_second / run.ranks.size
+    use = {"model_tflops": flops / 1e12}
+    if run.ranks.device.type == "cuda" and run.settings.parallel.precision == "bfloat16":
+        peak = peak_flops(torch.cuda.get_device_name())
+        if peak is not None:
+            use["model_flops_use"] = flops / peak
+    return use
 
 
 class Interval:

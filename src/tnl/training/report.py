@@ -2,6 +2,8 @@
 
 import contextlib
 import csv
+import dataclasses
+import importlib
 import json
 import math
 import sys
@@ -12,6 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from tnl.training.config import TrainSettings
+
 FIELDS = (
     "step",
     "tokens",
@@ -20,6 +24,8 @@ FIELDS = (
     "learning_rate",
     "gradient_norm",
     "tokens_per_second",
+    "model_tflops",
+    "model_flops_use",
     "data_wait",
     "memory_gib",
     "skipped_steps",
@@ -35,8 +41,10 @@ class Report:
         rows: Metrics logged so far, those of the run that is resumed included.
     """
 
-    def __init__(self, folder: Path, steps: int, active: bool) -> None:
-        self.folder, self.steps, self.active = folder, steps, active
+    def __init__(self, settings: TrainSettings, active: bool) -> None:
+        self.settings, self.active = settings, active
+        self.folder, self.steps = Path(settings.output), settings.steps
+        self._tracker = load_tracker(settings.tracker) if active else None
         self.console = Console(stderr=True, quiet=not active)
         self.rows: list[dict[str, Any]] = []
         self._progress: Progress | None = None
@@ -59,6 +67,10 @@ class Report:
             self._tensorboard = stack.enter_context(
                 SummaryWriter(self.folder / "tensorboard", purge_step=step + 1 if step else None)
             )
+            if self._tracker is not None:
+                options = {"project": "tnl", "name": self.folder.name, "config": dataclasses.asdict(self.settings)}
+                self._tracker.init(**options)
+                stack.callback(self._tracker.finish)
             if self.console.is_terminal:
                 columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
                 self._progress = stack.enter_context(Progress(*columns, console=self.console))
@@ -81,6 +93,8 @@ class Report:
         for name, value in row.items():
             if name != "step" and value is not None:
                 self._tensorboard.add_scalar(name, value, row["step"])
+        if self._tracker is not None:
+            self._tracker.log({n: v for n, v in row.items() if n != "step" and v is not None}, step=row["step"])
         line = " ".join(f"{label} {row[name]:{form}}" for name, label, form in LINE if row.get(name) is not None)
         if self._progress is None:
             self.console.print(f"step {row['step']} {line}", highlight=False)
@@ -109,7 +123,22 @@ LINE = (
     ("learning_rate", "rate", ".2e"),
     ("gradient_norm", "gradient", ".3f"),
     ("tokens_per_second", "tokens/s", ",.0f"),
+    ("model_flops_use", "of the FLOPs", ".1%"),
 )
+
+
+def load_tracker(name: str) -> Any:
+    """The module of Weights & Biases or trackio, which have the same functions; None for `none`.
+
+    Raises:
+        ValueError: The package is not installed.
+    """
+    if name == "none":
+        return None
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ValueError(f"tracker: expected a package that is installed, got {name!r}; pip install {name}") from None
 
 
 def read_metrics(path: Path) -> Iterable[dict[str, Any]]:
