@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks import RESULTS
 from benchmarks.operator import cases, implementations
 from benchmarks.operator.cases import Sizes
+from benchmarks.operator.minimax import measure_minimax
 from tnl.ops import lightning_attention, lightning_attention_step
 
 Row = dict[str, Any]
@@ -205,12 +206,14 @@ def measure_compile() -> Iterator[Row]:
 
 def run(names: list[str]) -> Iterator[Row]:
     if not torch.cuda.is_available():
-        for name in names or cases.CPU:
-            for sizes in cases.CPU[name]:
+        for name in names or [*cases.CPU, "minimax"]:
+            for sizes in cases.CPU.get(name, []):
                 yield from measure_cpu(name, sizes)
+            if name == "minimax":
+                yield from measure_minimax(time_cpu)
         return
     bandwidth = copy_bandwidth()
-    for name in names or [*cases.GPU, "decode", "host", "compile"]:
+    for name in names or [*cases.GPU, "decode", "host", "compile", "minimax"]:
         if name in cases.GPU:
             for sizes in cases.GPU[name]:
                 yield from measure_gpu(name, sizes, bandwidth)
@@ -219,11 +222,13 @@ def run(names: list[str]) -> Iterator[Row]:
                 "decode": lambda: measure_decode(bandwidth),
                 "host": measure_host,
                 "compile": measure_compile,
+                "minimax": lambda: measure_minimax(time_gpu),
             }[name]()
 
 
 def main() -> None:
-    known = [*cases.GPU, "decode", "host", "compile"] if torch.cuda.is_available() else list(cases.CPU)
+    known = [*(cases.GPU if torch.cuda.is_available() else cases.CPU), "minimax"]
+    known += ["decode", "host", "compile"] if torch.cuda.is_available() else []
     parser = argparse.ArgumentParser(prog="python -m benchmarks.operator", description=__doc__)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(known)}; all where none is named")
     parser.add_argument("--output", type=Path, default=RESULTS / "operator" / "operator.csv", help="CSV to write")
@@ -236,6 +241,7 @@ def main() -> None:
     for row in run(options.cases):
         rows.append(row | about)
         shown = row.get("error") or f"{row['ms']:9.3f} ms" + (f" {row['ratio']:5.2f} x floor" if "ratio" in row else "")
+        shown += f" {row['speedup']:5.2f} x faster" if "speedup" in row else ""
         size = f"{row['B']} x {row['H']} x {row['T']} D {row['D']} E {row['E']}"
         print(f"{row['case']:12} {row['implementation']:22} {size:28} {row['pass']:24} {shown}", flush=True)
         columns = list(dict.fromkeys(name for each in rows for name in each))

@@ -38,3 +38,19 @@ GPU = {
 }
 CPU = {"cpu": [Sizes(1, 8, T, 64, 64) for T in (1024, 4096, 16384)]}
 DECODE_ROWS = (1, 64, 256)
+
+
+@dataclass(frozen=True)
+class MiniMaxLayer:
+    """A layer of transformers' MiniMax: channels of the model, heads, their width, lengths to measure."""
+
+    width: int
+    heads: int
+    head_dim: int
+    tokens: tuple[int, ...]
+
+
+MINIMAX = {
+    "cpu": MiniMaxLayer(512, 8, 64, (1024, 4096, 8192)),
+    "cuda": MiniMaxLayer(6144, 64, 128, (1024, 8192, 32768)),  # that of MiniMax-Text-01
+}

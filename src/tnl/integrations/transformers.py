@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 
-from tnl.ops import lightning_attention
+from tnl.ops import lightning_attention, lightning_attention_step
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -42,8 +42,12 @@ class AcceleratedMiniMaxLightningAttention(MiniMaxLightningAttention):
         if state is not None:
             state = state.to(torch.promote_types(state.dtype, torch.float32))
         log_decay = -self.slope_rate.flatten().to(torch.promote_types(self.slope_rate.dtype, torch.float32))
-        o, state = lightning_attention(q, k, v, log_decay, initial_state=state, return_final_state=True)
-        assert state is not None
+        if state is not None and q.shape[1] == 1 and not torch.is_grad_enabled():
+            state = state.clone()  # the state before may be in the caller's hands
+            o = lightning_attention_step(q, k, v, log_decay, state)
+        else:
+            o, state = lightning_attention(q, k, v, log_decay, initial_state=state, return_final_state=True)
+            assert state is not None
         if past_key_values is not None:
             past_key_values.set_linear_cache(self.layer_idx, state)
         o = torch.sigmoid(self.output_gate(hidden_states)) * self.norm(o.flatten(2))
