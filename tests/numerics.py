@@ -160,3 +160,24 @@ def check(case: Case, backend: str, dtype: torch.dtype, device: str = "cpu", see
     inputs = case.inputs(dtype, device, seed)
     actual = results(case, backend, inputs)
     assert_as_good_as_eager(actual, results(case, "eager", inputs), results(case, "reference", inputs), dtype)
+
+
+SLOPES = (0.9, 0.1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-8)  # from the strongest head of a large TNL to its last layer
+
+
+def errors_along(
+    tokens: int, width: int, dtype: torch.dtype, backend: str, device: str = "cpu", slopes: tuple[float, ...] = SLOPES
+) -> Tensor:
+    """Relative error of the output in each eighth of a long sequence, ``[len(slopes), 8]``.
+
+    Against the chunked form in float64, which is the recurrence (test_lightning_torch.py).
+    """
+    g = torch.Generator(device).manual_seed(0)
+    shape = (1, tokens, len(slopes), width)
+    q, k, v = (torch.randn(shape, generator=g, device=device, dtype=torch.float32).to(dtype) for _ in range(3))
+    decay = -torch.tensor(slopes, dtype=torch.float64, device=device)
+    o, _ = lightning_attention(q, k, v, decay.float(), backend=backend)
+    expected, _ = lightning_torch.forward(q.double(), k.double(), v.double(), decay.float().double(), None, None, 1.0)
+    windows = zip(o.chunk(8, dim=1), expected.chunk(8, dim=1), strict=True)
+    errors = [[relative_error(x[:, :, h], y[:, :, h]) for h in range(len(slopes))] for x, y in windows]
+    return torch.tensor(errors).T

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.numerics import Case, check, relative_error, results
+from tests.numerics import SLOPES, Case, check, errors_along, relative_error, results
 from tnl.ops import lightning_attention, lightning_torch
 
 DECAYS = ["none", "head", "token"]
@@ -127,3 +127,26 @@ def test_long_range(rate: float) -> None:
     o, _ = lightning_attention(q, k, v, decay)
     reference, _ = lightning_torch.forward(q.double(), k.double(), v.double(), decay.double(), None, None, 1.0)
     assert relative_error(o[:, -1000:], reference[:, -1000:]) < 3 * relative_error(o[:, :1000], reference[:, :1000])
+
+
+def test_chunked_is_recurrence_over_many_chunks() -> None:
+    """What long sequences are held against (:func:`tests.numerics.errors_along`) is the recurrence."""
+    q, k, v = (torch.randn(1, 3000, len(SLOPES), 4, dtype=torch.float64) for _ in range(3))
+    decay = -torch.tensor(SLOPES, dtype=torch.float64)
+    expected, final = lightning_torch.recurrence(q, k, v, decay)
+    o, state = lightning_torch.forward(q, k, v, decay, None, None, 1.0)
+    for h in range(len(SLOPES)):
+        assert relative_error(o[:, :, h], expected[:, :, h]) < 1e-13
+        assert relative_error(state[:, h], final[:, h]) < 1e-13
+
+
+def test_a_million_tokens() -> None:
+    """The error is flat where a head decays. Where it hardly does, the rounding of its state's sums adds up as a
+    random walk does, by half a unit of float32 times the root of the number of chunks.
+    """
+    tokens, slopes = 1 << 20, (0.9, 1e-3, 1e-8)
+    errors = errors_along(tokens, 4, torch.float32, "torch", slopes=slopes)
+    assert (errors[:2] < 1.5 * errors[:2, :1]).all()
+    walk = torch.finfo(torch.float32).eps / 2 * (tokens / lightning_torch.CHUNK) ** 0.5
+    assert (errors[2] < errors[2, 0] + walk).all()
+    assert walk < 6e-6

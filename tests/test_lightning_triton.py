@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from tests.numerics import Case, assert_as_good_as_eager, check, relative_error, results
+from tests.numerics import Case, assert_as_good_as_eager, check, errors_along, relative_error, results
 from tnl.ops import lightning_attention, lightning_attention_step, lightning_torch, lightning_triton
 
 DECAYS = ["none", "head", "token"]
@@ -133,6 +133,47 @@ def test_float16_state_beyond_its_range() -> None:
     assert relative_error(o, reference) < 2e-3
 
 
+@interpreted
+def test_long_range() -> None:
+    """The error does not grow with the number of tokens, with fast decay nor with next to none."""
+    errors = errors_along(1536, 16, torch.float16, "triton", slopes=(0.9, 1e-3, 1e-8))
+    assert (errors < torch.finfo(torch.float16).eps).all()
+    assert (errors < 1.5 * errors[:, :1]).all()
+
+
+@interpreted
+def test_offsets_beyond_32_bits() -> None:
+    """Tokens whose addresses lie beyond 2^31 elements, in rows of which only the pages at the end are ever touched."""
+    heads, width, used = 2, 64, 40
+    tokens = 2**31 // (heads * width) + 1000
+    row = torch.empty(1, tokens, heads, width, dtype=torch.float16)
+    decay = torch.empty(1, tokens, heads)
+    row[:, -used:] = torch.randn(1, used, heads, width)
+    decay[:, -used:] = -torch.rand(used, heads)
+    end = (row[:, -used:].clone(), decay[:, -used:].clone())
+    outputs = []
+    for x, g, bounds in ((row, decay, [tokens - used, tokens]), (*end, [0, used])):
+        cu_seqlens = torch.tensor(bounds)
+        o, state = lightning_triton.forward(x, x, x, g, None, cu_seqlens, 1.0, True)
+        dq, dk, dv, *_ = lightning_triton.backward(x, None, x, x, x, g, None, cu_seqlens, 1.0, False)
+        outputs.append([*(y[:, -used:] for y in (o, dq, dk, dv)), state])
+    for one, other in zip(*outputs, strict=True):
+        assert torch.equal(one, other)
+
+
+@interpreted
+def test_pool_beyond_32_bits() -> None:
+    """A step in a pool of states that lie far apart."""
+    apart, width = 2**30, 16
+    pool = torch.empty(2 * apart + width * width).as_strided((3, 1, width, width), (apart, width * width, width, 1))
+    state = torch.randn(1, 1, width, width)
+    pool[2:] = state
+    q = torch.randn(1, 1, width)
+    o = lightning_attention_step(q, q, q, None, pool, state_indices=torch.tensor([2]), backend="triton")
+    assert torch.equal(o, lightning_attention_step(q, q, q, None, state, backend="triton"))
+    assert torch.equal(pool[2:], state)
+
+
 def test_cut_sequence() -> None:
     """Behind the short first one as many segments as make one program a multiprocessor, none of them much shorter."""
     assert lightning_triton.cut_sequence(8192, 256, 132) == (8192, 0)
@@ -225,6 +266,16 @@ def test_gpu_offsets_beyond_32_bits() -> None:
     q, k, v = (x[-1:, tail, -1:].double() for x in (q, k, v))
     expected, _ = lightning_torch.forward(q, k, v, decay[-1:].double(), None, None, 1.0)
     assert relative_error(o[-1:, -64:, -1:], expected[:, -64:]) < 5e-3
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gpu_a_million_tokens(dtype: torch.dtype) -> None:
+    """The error is flat in T, for every slope."""
+    errors = errors_along(1 << 20, 32, dtype, "triton", "cuda")
+    assert (errors < torch.finfo(dtype).eps).all()
+    assert (errors < 1.5 * errors[:, :1]).all()
 
 
 @pytest.mark.gpu
