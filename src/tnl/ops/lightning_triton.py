@@ -339,9 +339,9 @@ def _forward_kernel(
     Q, K, V, OUT, LOG_DECAY, INITIAL, FINAL, CU_SEQLENS, FLAGS,
     q_batch: tl.int64, q_token: tl.int64, q_head: tl.int64, k_batch: tl.int64, k_token: tl.int64, k_head: tl.int64,
     v_batch: tl.int64, v_token: tl.int64, v_head: tl.int64,
-    scale, T, Hq, group, sequences, segment, lead, per_sequence, items,
-    D: tl.constexpr, E: tl.constexpr, TRANSPOSED: tl.constexpr, DECAY: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    STORE_FINAL: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    scale, T, Hq, group, sequences, segment, lead, per_sequence, items, D, E,
+    TRANSPOSED: tl.constexpr, DECAY: tl.constexpr, HAS_INITIAL: tl.constexpr, STORE_FINAL: tl.constexpr,
+    PACKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """``o = A>(q, k, v)``; programs ordered by segment, then head, then column block."""
@@ -384,11 +384,10 @@ def _backward_kernel(
     DQ_STATE, DK_STATE, DINITIAL, CU_SEQLENS, FLAGS,
     q_batch: tl.int64, q_token: tl.int64, q_head: tl.int64, k_batch: tl.int64, k_token: tl.int64, k_head: tl.int64,
     v_batch: tl.int64, v_token: tl.int64, v_head: tl.int64, do_batch: tl.int64, do_token: tl.int64, do_head: tl.int64,
-    scale, T, Hq, group, sequences, segment, lead, per_sequence, items, difference_block,
-    D: tl.constexpr, E: tl.constexpr, TRANSPOSED: tl.constexpr, DECAY: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    HAS_DFINAL: tl.constexpr, NEED_DIFFERENCE: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    scale, T, Hq, group, sequences, segment, lead, per_sequence, items, difference_block, D, E,
+    TRANSPOSED: tl.constexpr, DECAY: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_DFINAL: tl.constexpr,
+    NEED_DIFFERENCE: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """``dk``, ``dv`` and ``dq`` of one head side by side: the first two read the same tokens at the same time.
 
@@ -613,23 +612,23 @@ _compiled: dict[Any, Any] = {}
 
 def _launch(
     kernel: Any, programs: int, tokens: tuple[Any, ...], pointers: tuple[Tensor, ...], numbers: tuple[Any, ...],
-    constants: tuple[Any, ...], tiles: Tiles,
+    widths: tuple[int, int], constants: tuple[Any, ...], tiles: Tiles,
 ) -> None:  # fmt: skip
-    """``kernel[(programs,)](*tokens, *pointers, *numbers, *constants)``, at a fraction of the time on the host.
+    """``kernel[(programs,)](*tokens, *pointers, *numbers, *widths, *constants)``, in a fraction of its host time.
 
-    What Triton would look up for each argument follows from the constants and from the types and alignment of the
-    pointers, since the kernels specialise on no number.
+    What Triton would look up for each argument follows from the types and alignment of the pointers, the widths and the
+    constants, since the kernels specialise on no other number.
     """
-    key = (kernel, constants, tiles, *[(x.dtype, x.device, x.data_ptr() % 16 == 0) for x in pointers])
+    key = (kernel, widths, constants, tiles, *[(x.dtype, x.device, x.data_ptr() % 16 == 0) for x in pointers])
     compiled = _compiled.get(key)
     if compiled is None:
         compiled = kernel[(programs,)](
-            *tokens, *pointers, *numbers, *constants, num_warps=tiles.warps, num_stages=tiles.stages
+            *tokens, *pointers, *numbers, *widths, *constants, num_warps=tiles.warps, num_stages=tiles.stages
         )
         if compiled is not None:  # it is, under the interpreter
             _compiled[key] = compiled
     else:
-        compiled[(programs, 1, 1)](*tokens, *pointers, *numbers, *constants)
+        compiled[(programs, 1, 1)](*tokens, *pointers, *numbers, *widths, *constants)
 
 
 def forward(
@@ -672,8 +671,9 @@ def forward(
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], scale, tokens, heads, heads // k.shape[2],
             cut.sequences, cut.segment, cut.lead, cut.per_sequence, cut.items,
         ),
+        (D, E),
         (
-            D, E, transposed, decay, initial_state is not None, return_final_state, cut.packed, cut.split, precision,
+            transposed, decay, initial_state is not None, return_final_state, cut.packed, cut.split, precision,
             tiles.tokens, block_d, block_c,
         ),
         tiles,
@@ -731,8 +731,9 @@ def backward(
             scale, tokens, heads, heads // kv_heads,
             cut.sequences, cut.segment, cut.lead, cut.per_sequence, cut.items, batch * tokens * heads,
         ),
+        (D, E),
         (
-            D, E, transposed, decay, initial_state is not None, dfinal_state is not None, need_decay,
+            transposed, decay, initial_state is not None, dfinal_state is not None, need_decay,
             cut.packed, cut.split, precision, tiles.tokens, block_d, block_e, block_c,
         ),
         tiles,
