@@ -11,9 +11,10 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
-from tnl.ops import lightning_attention, lightning_torch
+from tnl.ops import lightning_attention, lightning_attention_step, lightning_torch
 
 
 @dataclass(frozen=True)
@@ -181,3 +182,49 @@ def errors_along(
     windows = zip(o.chunk(8, dim=1), expected.chunk(8, dim=1), strict=True)
     errors = [[relative_error(x[:, :, h], y[:, :, h]) for h in range(len(slopes))] for x, y in windows]
     return torch.tensor(errors).T
+
+
+@st.composite
+def cases(draw: st.DrawFn, longest: int = 40, widest: int = 20, packing: bool = True) -> Case:
+    """Any sizes, decay and packing (with empty sequences); at least two tokens where there is none."""
+    T, H, group = draw(st.integers(1 if packing else 2, longest)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    bounds = None
+    if packing and draw(st.booleans()):
+        bounds = (0, *sorted(draw(st.lists(st.integers(0, T), max_size=3))), T)
+    return Case(
+        B=draw(st.integers(1, 2)) if bounds is None else 1, T=T, Hq=H * group, H=H, D=draw(st.integers(1, widest)),
+        E=draw(st.integers(1, widest)), decay=draw(st.sampled_from(["none", "head", "token"])), bounds=bounds,
+    )  # fmt: skip
+
+
+def lying_apart(x: Tensor, gap: int, heads_first: bool) -> Tensor:
+    """The same values at other strides: heads before tokens, rows in a wider buffer, the first at an odd address."""
+    x = x.transpose(1, 2) if heads_first else x
+    base = torch.full((*x.shape[:-1], x.shape[-1] + gap), torch.nan, dtype=x.dtype)
+    base[..., gap:] = x
+    base = base[..., gap:]
+    return base.transpose(1, 2) if heads_first else base
+
+
+def prefill_and_decode(
+    case: Case, inputs: dict[str, Any], cut: int, layout: str, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Output and last state of an unpacked case by a prefill of ``cut`` tokens and one step of the others.
+
+    The step works in a pool, its rows in reverse order.
+    """
+    q, k, v, decay = (inputs[name] for name in ("q", "k", "v", "log_decay"))
+    parts = (slice(0, cut), slice(cut, case.T))
+    first, second = (decay if case.decay != "token" else decay[:, part] for part in parts)
+    state = inputs["initial_state"] if layout == "DE" else inputs["initial_state"].mT.contiguous()
+    options: dict[str, Any] = {"scale": case.scale, "state_layout": layout, "backend": backend}
+    q1, k1, v1 = (x[:, parts[0]] for x in (q, k, v))
+    o, state = lightning_attention(q1, k1, v1, first, initial_state=state, return_final_state=True, **options)
+    assert state is not None
+    pool = torch.full((case.B + 1, *state.shape[1:]), torch.nan, dtype=state.dtype)
+    rows = torch.arange(case.B, 0, -1)
+    pool[rows] = state
+    q2, k2, v2 = (x[:, parts[1]] for x in (q, k, v))
+    rest = lightning_attention_step(q2, k2, v2, second, pool, state_indices=rows, **options)
+    final = pool[rows]
+    return torch.cat([o, rest], dim=1), final if layout == "DE" else final.mT

@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.numerics import SLOPES, Case, check, errors_along, relative_error, results
+from tests.numerics import (
+    SLOPES,
+    Case,
+    cases,
+    check,
+    errors_along,
+    lying_apart,
+    prefill_and_decode,
+    relative_error,
+    results,
+)
 from tnl.ops import lightning_attention, lightning_torch
 
 DECAYS = ["none", "head", "token"]
@@ -107,6 +117,29 @@ def test_properties_of_state(data: st.DataObject) -> None:
     )  # fmt: skip
     torch.testing.assert_close(packed[0], whole.flatten(0, 1), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(packed_state, final, rtol=1e-10, atol=1e-10)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(case=cases(longest=300, widest=9), heads_first=st.booleans(), gap=st.integers(0, 5))
+def test_any_case(case: Case, heads_first: bool, gap: int) -> None:
+    """Outputs and gradients are the recurrence's, for any sizes, packing and strides."""
+    inputs = case.inputs(torch.float64)
+    apart = inputs | {name: lying_apart(inputs[name], gap, heads_first) for name in ("q", "k", "v", "do")}
+    actual, reference = results(case, "torch", apart), results(case, "reference", inputs)
+    for name, value in reference.items():
+        assert relative_error(actual[name], value) < 1e-11, name
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(case=cases(longest=150, widest=9, packing=False), data=st.data(), layout=st.sampled_from(["DE", "ED"]))
+def test_any_decode(case: Case, data: st.DataObject, layout: str) -> None:
+    """Prefill + a step of several tokens = the whole."""
+    inputs = case.inputs(torch.float64)
+    o, state = prefill_and_decode(case, inputs, data.draw(st.integers(1, case.T - 1)), layout, "torch")
+    arguments = [inputs[name] for name in ("q", "k", "v", "log_decay")]
+    expected, final = lightning_torch.recurrence(*arguments, scale=case.scale, initial_state=inputs["initial_state"])
+    assert relative_error(o, expected) < 1e-11
+    assert relative_error(state, final) < 1e-11
 
 
 def test_any_strides() -> None:

@@ -4,8 +4,21 @@ import os
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from tests.numerics import Case, assert_as_good_as_eager, check, errors_along, relative_error, results
+from tests.numerics import (
+    Case,
+    assert_as_good_as_eager,
+    cases,
+    check,
+    eager,
+    errors_along,
+    lying_apart,
+    prefill_and_decode,
+    relative_error,
+    results,
+)
 from tnl.ops import lightning_attention, lightning_attention_step, lightning_torch, lightning_triton
 
 DECAYS = ["none", "head", "token"]
@@ -120,6 +133,43 @@ def test_state_layout(short_segments: None, nan_filled_memory: None) -> None:
         results.append([o, *gradients, *states])
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
+
+
+few = settings(
+    max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@interpreted
+@few
+@given(case=cases(), heads_first=st.booleans(), gap=st.integers(0, 5))
+def test_any_case(case: Case, heads_first: bool, gap: int, nan_filled_memory: None) -> None:
+    """The rule of tests/numerics.py for any sizes and packing, and for any strides the same numbers."""
+    inputs = case.inputs(torch.float32)
+    actual = results(case, "triton", inputs)
+    assert_as_good_as_eager(actual, results(case, "eager", inputs), results(case, "reference", inputs), torch.float32)
+    q, k, v = (lying_apart(inputs[name], gap, heads_first) for name in ("q", "k", "v"))
+    options = {name: inputs[name] for name in ("log_decay", "initial_state", "cu_seqlens")}
+    o, _ = lightning_attention(q, k, v, **options, scale=case.scale, backend="triton")
+    assert torch.equal(o, actual["o"])
+
+
+@interpreted
+@few
+@given(case=cases(packing=False), data=st.data(), layout=st.sampled_from(["DE", "ED"]))
+def test_any_decode(case: Case, data: st.DataObject, layout: str, nan_filled_memory: None) -> None:
+    """Prefill + a step of several tokens = the whole."""
+    inputs = case.inputs(torch.float32)
+    q, k, v, decay, initial = (inputs[name] for name in ("q", "k", "v", "log_decay", "initial_state"))
+    actual, other, reference = (
+        dict(zip(("o", "final_state"), pair, strict=True))
+        for pair in (
+            prefill_and_decode(case, inputs, data.draw(st.integers(1, case.T - 1)), layout, "triton"),
+            eager(q, k, v, decay, case.scale, initial, None),
+            lightning_torch.recurrence(q, k, v, decay, scale=case.scale, initial_state=initial),
+        )
+    )
+    assert_as_good_as_eager(actual, other, reference, torch.float32)
 
 
 @interpreted
