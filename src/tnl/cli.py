@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tnl.training.config import EvaluationSettings, GenerationSettings, TrainSettings
+from tnl.training.config import EvaluationSettings, GenerationSettings, PrepareSettings, TrainSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,12 @@ class Command:
 COMMANDS = {
     "train": Command(
         "train a model: tnl train CONFIG.yaml [--key value ...]", TrainSettings, "tnl.training.loop:train"
+    ),
+    "prepare": Command(
+        "turn text into token shards that training maps into memory",
+        PrepareSettings,
+        "tnl.training.prepare:prepare",
+        {"data": "Sources of text, as in `data.train` of `tnl train`."},
     ),
     "eval": Command(
         "loss, perplexity and bits per byte of a model on text",

@@ -45,7 +45,9 @@ class DataSettings:
 
     Attributes:
         train: Sources of training text: files, folders, globs (plain, .gz or .xz; .jsonl, .parquet and .csv hold a
-            document a row), or `datasets:NAME[:CONFIGURATION[:SPLIT]]`.
+            document a row), `datasets:NAME[:CONFIGURATION[:SPLIT]]`, or folders that `tnl prepare` wrote.
+        mixture: Instead of `train`: sources with the share of the rows that each gets, as `{prepared/books: 3,
+            prepared/code: 1}`; shares need not add up to 1.
         held_out: Sources of held-out text. Without them, `held_out_fraction` of the training documents is held out.
         held_out_fraction: Share of whole documents that is held out when `held_out` is empty.
         separator: Text that separates the documents of one file; without it a file is one document.
@@ -54,6 +56,7 @@ class DataSettings:
     """
 
     train: str | list[str] = field(default_factory=list)
+    mixture: dict[str, float] = field(default_factory=dict)
     held_out: str | list[str] = field(default_factory=list)
     held_out_fraction: float = 0.01
     separator: str | None = None
@@ -156,7 +159,10 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         require("output", self.output, self.output != "", "the name of a folder")
-        require("data.train", self.data.train, bool(self.data.train), "at least one source of text")
+        mixture = self.data.mixture
+        one = bool(self.data.train) != bool(mixture) if mixture else bool(self.data.train)
+        require("data.train", self.data.train, one, "at least one source of text, here or in data.mixture, not in both")
+        require("data.mixture", mixture, all(weight > 0 for weight in mixture.values()), "shares above 0")
         require("sequence_length", self.sequence_length, self.sequence_length >= 2, "at least 2")
         fraction = self.data.held_out_fraction
         require("data.held_out_fraction", fraction, 0 <= fraction < 1, "at least 0 and below 1")
@@ -180,6 +186,41 @@ class TrainSettings:
         divides = self.sequence_length % context == 0
         require("sequence_length", self.sequence_length, divides, f"a multiple of parallel.context, {context}")
         require("data.workers", self.data.workers, self.data.workers >= 0, "at least 0")
+
+
+@dataclass
+class PrepareSettings:
+    """Everything `tnl prepare` needs.
+
+    Attributes:
+        output: Folder to write: `shard-00000/` and on, `tokenizer/`, and at the end `prepared.json`. The same command
+            again goes on where it was stopped.
+        data: Sources of text, as in `data.train` of `tnl train`.
+        tokenizer: The tokenizer, as in `tnl train`.
+        separator: Text that separates the documents of one file; without it a file is one document.
+        column: Name of the text column of structured sources.
+        held_out_fraction: Share of whole documents that is held out, drawn by a hash of seed and name.
+        seed: Seeds that draw.
+        shard_bytes: Text of about this size goes into a shard; small files share one, large ones (`.jsonl`, saved
+            datasets) are divided.
+        processes: Shards that are written at the same time; 0 takes one process a core.
+    """
+
+    output: str
+    data: list[str]
+    tokenizer: TokenizerSettings = field(default_factory=TokenizerSettings)
+    separator: str | None = None
+    column: str = "text"
+    held_out_fraction: float = 0.01
+    seed: int = 0
+    shard_bytes: int = 256 << 20
+    processes: int = 0
+
+    def __post_init__(self) -> None:
+        require("data", self.data, bool(self.data), "at least one source of text")
+        require("held_out_fraction", self.held_out_fraction, 0 <= self.held_out_fraction < 1, "at least 0 and below 1")
+        require("shard_bytes", self.shard_bytes, self.shard_bytes >= 1, "at least 1")
+        require("processes", self.processes, self.processes >= 0, "at least 0")
 
 
 @dataclass

@@ -9,6 +9,7 @@ with every row), which is how transformers marks packed sequences: neither state
 """
 
 import contextlib
+import dataclasses
 import functools
 import glob
 import gzip
@@ -16,14 +17,13 @@ import hashlib
 import json
 import lzma
 import math
-import os
 import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tnl.training.config import BPE, DataSettings, TokenizerSettings, as_list
+from tnl.training.store import Document, JoinedStore, Store, TokenStore, TokenWriter
 from tnl.training.tokenizer import TextEncoder, load_tokenizer, train_bpe
 
 IGNORED = -100  # target of a position that predicts nothing
@@ -38,15 +39,9 @@ DATASETS_PREFIX = "datasets:"
 STRUCTURED = {".json": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 COMPRESSED: dict[str, Callable[[Path, str], Any]] = {".gz": gzip.open, ".xz": lzma.open}
 READ_SIZE = 1 << 20
+PREPARED = "prepared.json"  # says that a folder is what `tnl prepare` wrote, in full
 
 Batch = dict[str, torch.Tensor]
-
-
-class Document(NamedTuple):
-    """One text: `name` says where it is from, `content` is UTF-8 bytes or a string."""
-
-    name: str
-    content: bytes | str
 
 
 # ---------------------------------------------------------------------------------------------------- sources
@@ -86,10 +81,11 @@ def read_documents(
     for source in sources:
         if source.startswith(DATASETS_PREFIX):
             documents = _read_dataset(source, column)
-        elif _is_saved_dataset(Path(source)):
-            documents = _read_saved_dataset(source, column)
+        elif is_saved_dataset(Path(source)):
+            documents = read_rows(open_saved_dataset(source), source, column)
         else:
-            documents = _read_files(list_files(source), separator, column, skipped)
+            files = list_files(source)
+            documents = read_files(files, separator, column, skipped, sort_out=len(files) > 1)
         for document in documents:
             if document.content:
                 yield document
@@ -97,7 +93,10 @@ def read_documents(
                 skipped["empty"] += 1
 
 
-def _read_files(files: list[Path], separator: str | None, column: str, skipped: Counter[str]) -> Iterator[Document]:
+def read_files(
+    files: list[Path], separator: str | None, column: str, skipped: Counter[str], sort_out: bool
+) -> Iterator[Document]:
+    """Documents of files; with `sort_out`, binary files are skipped and counted."""
     for path in files:
         suffix = (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix
         if suffix in STRUCTURED:
@@ -106,13 +105,13 @@ def _read_files(files: list[Path], separator: str | None, column: str, skipped: 
         try:
             with COMPRESSED.get(path.suffix, open)(path, "rb") as file:
                 if suffix == ".jsonl":
-                    yield from _read_json_lines(path, file, column, skipped)
+                    yield from read_json_lines(str(path), file, column, skipped)
                 elif separator is not None:
                     pieces = _split(file, separator.encode())
                     yield from (Document(f"{path}#{i}", piece) for i, piece in enumerate(pieces))
                 else:
                     content = file.read()
-                    if len(files) > 1 and b"\0" in content[:8192]:
+                    if sort_out and b"\0" in content[:8192]:
                         skipped["binary"] += 1
                     else:
                         yield Document(str(path), content)
@@ -135,14 +134,15 @@ def _split(file: BinaryIO, separator: bytes) -> Iterator[bytes]:
         yield bytes(rest)
 
 
-def _read_json_lines(path: Path, file: BinaryIO, column: str, skipped: Counter[str]) -> Iterator[Document]:
-    for number, line in enumerate(file):
+def read_json_lines(source: str, lines: Iterable[bytes], column: str, skipped: Counter[str]) -> Iterator[Document]:
+    """The text column of each line; a line without it is skipped and counted."""
+    for number, line in enumerate(lines):
         try:
             text = json.loads(line)[column]
         except (ValueError, KeyError, TypeError):
             text = None
         if isinstance(text, str):
-            yield Document(f"{path}#{number}", text.encode("utf-8", errors="replace"))
+            yield Document(f"{source}#{number}", text.encode("utf-8", errors="replace"))
         else:
             skipped["unreadable"] += 1
 
@@ -151,28 +151,33 @@ def _read_structured(path: Path, kind: str, column: str) -> Iterator[Document]:
     import datasets
 
     rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
-    yield from _read_rows(rows, str(path), column)
+    yield from read_rows(rows, str(path), column)
 
 
 def _read_dataset(source: str, column: str) -> Iterator[Document]:
+    yield from read_rows(open_dataset(source), source, column)
+
+
+def open_dataset(source: str) -> Any:
+    """The rows of `datasets:NAME[:CONFIGURATION[:SPLIT]]`, streamed."""
     import datasets
 
     name, *rest = source.removeprefix(DATASETS_PREFIX).split(":")
     configuration, split = (*rest, *([""] * (2 - len(rest))))[:2]
     if not name or len(rest) > 2:
         raise ValueError(f"data: expected datasets:NAME[:CONFIGURATION[:SPLIT]], got {source!r}")
-    if _is_saved_dataset(Path(name)):
-        yield from _read_saved_dataset(name, column, split)
-        return
-    rows = datasets.load_dataset(name, configuration or None, split=split or "train", streaming=True)
-    yield from _read_rows(rows, source, column)
+    if is_saved_dataset(Path(name)):
+        return open_saved_dataset(name, split).to_iterable_dataset()
+    return datasets.load_dataset(name, configuration or None, split=split or "train", streaming=True)
 
 
-def _is_saved_dataset(folder: Path) -> bool:
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether `datasets.save_to_disk` wrote a folder."""
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
-def _read_saved_dataset(folder: str, column: str, split: str = "") -> Iterator[Document]:
+def open_saved_dataset(folder: str, split: str = "") -> Any:
+    """The rows of a folder that `datasets.save_to_disk` wrote."""
     import datasets
 
     rows = datasets.load_from_disk(folder)
@@ -180,10 +185,11 @@ def _read_saved_dataset(folder: str, column: str, split: str = "") -> Iterator[D
         if (split or "train") not in rows:
             raise ValueError(f"data: expected one of the splits {sorted(rows)} of {folder}, got {split or 'train'!r}")
         rows = rows[split or "train"]
-    yield from _read_rows(rows, folder, column)
+    return rows
 
 
-def _read_rows(rows: Iterable[dict[str, Any]], source: str, column: str) -> Iterator[Document]:
+def read_rows(rows: Iterable[dict[str, Any]], source: str, column: str) -> Iterator[Document]:
+    """The text column of each row of a dataset."""
     for number, row in enumerate(rows):
         if column not in row:
             raise ValueError(f"data.column: expected one of {sorted(row)} in {source}, got {column!r}")
@@ -191,86 +197,6 @@ def _read_rows(rows: Iterable[dict[str, Any]], source: str, column: str) -> Iter
 
 
 # ---------------------------------------------------------------------------------------------------- tokens
-
-
-class TokenStore:
-    """Tokens of many documents in one memory-mapped file, opened from the folder that `TokenWriter` wrote.
-
-    Attributes:
-        folder: Where it lies.
-        lengths: Tokens of each document, [N] int64.
-        text_bytes: UTF-8 bytes of each document, [N] int64.
-        index: What `index.json` says: counts, the tokenizer's fingerprint, a digest of the tokens.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.index: dict[str, Any] = json.loads((folder / "index.json").read_text())
-        documents = np.load(folder / "documents.npy", mmap_mode="r", allow_pickle=False)
-        self.lengths, self.text_bytes = documents[:, 0], documents[:, 1]
-        self._starts = np.concatenate([[0], np.cumsum(self.lengths)])
-        dtype = np.dtype(self.index["dtype"])
-        # An empty file cannot be mapped.
-        self._tokens = np.memmap(folder / "tokens.bin", dtype, mode="r") if self.index["tokens"] else np.empty(0, dtype)
-        if len(self._tokens) != self._starts[-1]:
-            raise ValueError(f"data: expected {self._starts[-1]} tokens in {folder}, found {len(self._tokens)}")
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def tokens(self, document: int, start: int = 0, stop: int | None = None) -> npt.NDArray[np.unsignedinteger]:
-        """Tokens [start, stop) of a document, as many as there are."""
-        length = int(self.lengths[document])
-        stop = length if stop is None else min(stop, length)
-        return self._tokens[self._starts[document] + start : self._starts[document] + stop]
-
-    def names(self) -> list[str]:
-        """Name of each document."""
-        return [json.loads(line) for line in (self.folder / "names.jsonl").read_text().splitlines()]
-
-
-class TokenWriter:
-    """Writes documents into the folder of a `TokenStore`, a batch at a time."""
-
-    def __init__(self, folder: Path, encoder: TextEncoder) -> None:
-        folder.mkdir(parents=True)
-        self._folder, self._encoder = folder, encoder
-        self._tokens = (folder / "tokens.bin").open("wb")
-        self._names = (folder / "names.jsonl").open("w")
-        self._documents: list[tuple[int, int]] = []
-        self._digest = hashlib.sha256()
-
-    def __len__(self) -> int:
-        return len(self._documents)
-
-    def write(self, batch: list[Document]) -> None:
-        """Encode documents and append them."""
-        for document, tokens in zip(batch, self._encoder.encode([d.content for d in batch]), strict=True):
-            content = document.content
-            self._documents.append((len(tokens), len(content.encode() if isinstance(content, str) else content)))
-            self._names.write(json.dumps(document.name) + "\n")
-            raw = tokens.tobytes()
-            self._digest.update(raw)
-            self._tokens.write(raw)
-
-    def close(self) -> None:
-        """Finish the folder."""
-        documents = np.array(self._documents, dtype=np.int64).reshape(-1, 2)
-        self._digest.update(documents.tobytes())
-        np.save(self._folder / "documents.npy", documents, allow_pickle=False)
-        for file in (self._tokens, self._names):
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-        index = {
-            "documents": len(documents),
-            "tokens": int(documents[:, 0].sum()),
-            "text_bytes": int(documents[:, 1].sum()),
-            "dtype": self._encoder.dtype.name,
-            "tokenizer": self._encoder.fingerprint,
-            "digest": self._digest.hexdigest()[:16],
-        }
-        (self._folder / "index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 
 def batched(documents: Iterable[Document], most_bytes: int = 4 << 20) -> Iterator[list[Document]]:
@@ -297,7 +223,9 @@ def prepare_tokenizer(settings: TokenizerSettings, data: DataSettings, folder: P
     """The tokenizer that the settings name; a BPE is trained on the training documents and kept in `folder`."""
     if settings.name != BPE:
         return load_tokenizer(settings.name)
-    sources = as_list(data.train)
+    sources = as_list(data.train) or list(data.mixture)
+    for source in filter(is_prepared, sources):
+        raise ValueError(f"tokenizer.name: expected {source}/tokenizer for data that is prepared, got {BPE!r}")
     request = [settings.vocabulary_size, data.separator, data.column, [describe_source(s) for s in sources]]
     complete = folder / f"bpe-{digest_of(request)}"
     if not complete.is_dir():
@@ -328,22 +256,107 @@ def unfinished_folder(complete: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training tokens, held-out tokens (None: nothing is held out), and what was skipped, by reason."""
+    """Training tokens, held-out tokens (None: nothing is held out), and what was skipped, by reason.
 
-    train: TokenStore
-    held_out: TokenStore | None
+    Attributes:
+        train: All training tokens.
+        held_out: All held-out tokens.
+        skipped: Number of documents, by reason.
+        mixture: The training tokens of each source with its share of the rows; empty where there are no shares.
+    """
+
+    train: Store
+    held_out: Store | None
     skipped: dict[str, int]
+    mixture: tuple[tuple[Store, float], ...] = ()
 
 
 def prepare_corpus(settings: DataSettings, encoder: TextEncoder, folder: Path, seed: int) -> Corpus:
-    """Tokens of the training and the held-out documents, from `folder` if they were written there before.
+    """Tokens of the training and the held-out documents.
 
-    Everything that decides the tokens names the sub-folder; it appears under that name when it is complete.
+    What `tnl prepare` wrote is opened where it is. Other sources are tokenized into `folder`, once: everything that
+    decides the tokens names the sub-folder, which appears under that name when it is complete.
 
     Raises:
         FileNotFoundError: A source does not exist.
-        ValueError: The sources hold no text.
+        ValueError: The sources hold no text, or were prepared with another tokenizer.
     """
+    if settings.mixture:
+        return _mix(settings, encoder, folder, seed)
+    sources = as_list(settings.train)
+    for source in sources:
+        if (Path(source) / "request.json").is_file() and not is_prepared(source):
+            raise ValueError(f"data.train: expected a folder that `tnl prepare` finished, got {source}")
+    prepared = [open_prepared(Path(source), encoder) for source in sources if is_prepared(source)]
+    texts = [source for source in sources if not is_prepared(source)]
+    if not prepared:
+        return _tokenize(settings, encoder, folder, seed)
+    if settings.held_out:
+        held_out = DataSettings(train=settings.held_out, separator=settings.separator, column=settings.column)
+        held_out = dataclasses.replace(held_out, held_out_fraction=0.0)
+        prepared = [Corpus(part.train, None, part.skipped) for part in prepared]
+        tested = prepare_corpus(held_out, encoder, folder, seed)
+        prepared[0] = Corpus(prepared[0].train, tested.train, prepared[0].skipped)
+    if texts:
+        fraction = 0.0 if settings.held_out else settings.held_out_fraction
+        rest = dataclasses.replace(settings, train=texts, held_out=[], held_out_fraction=fraction)
+        prepared.append(_tokenize(rest, encoder, folder, seed))
+    return prepared[0] if len(prepared) == 1 else _join(prepared)
+
+
+def _mix(settings: DataSettings, encoder: TextEncoder, folder: Path, seed: int) -> Corpus:
+    """One corpus a source, and their shares; given held-out text comes with the first one."""
+    corpora: list[Corpus] = []
+    for source in settings.mixture:
+        alone = dataclasses.replace(settings, train=[source], mixture={})
+        if settings.held_out and corpora:
+            alone = dataclasses.replace(alone, held_out=[], held_out_fraction=0.0)
+        corpus = prepare_corpus(alone, encoder, folder, seed)
+        corpora.append(Corpus(corpus.train, None, corpus.skipped) if settings.held_out and corpora else corpus)
+    joined = _join(corpora)
+    total = sum(settings.mixture.values())
+    shares = zip(corpora, settings.mixture.values(), strict=True)
+    mixture = tuple((corpus.train, weight / total) for corpus, weight in shares)
+    return dataclasses.replace(joined, mixture=mixture)
+
+
+def _join(corpora: list[Corpus]) -> Corpus:
+    held_out = [store for corpus in corpora if corpus.held_out is not None for store in _parts_of(corpus.held_out)]
+    skipped: Counter[str] = sum((Counter(corpus.skipped) for corpus in corpora), Counter())
+    train = JoinedStore([store for corpus in corpora for store in _parts_of(corpus.train)])
+    return Corpus(train, JoinedStore(held_out) if held_out else None, dict(skipped))
+
+
+def _parts_of(store: Store) -> list[TokenStore]:
+    return store.stores if isinstance(store, JoinedStore) else [store]
+
+
+def is_prepared(source: str) -> bool:
+    """Whether a source is a folder that `tnl prepare` finished."""
+    return (Path(source) / PREPARED).is_file()
+
+
+def open_prepared(folder: Path, encoder: TextEncoder) -> Corpus:
+    """The corpus that `tnl prepare` wrote.
+
+    Raises:
+        ValueError: It was written with another tokenizer.
+    """
+    record = json.loads((folder / PREPARED).read_text())
+    if record["tokenizer"] != encoder.fingerprint:
+        raise ValueError(
+            f"tokenizer.name: expected the tokenizer that {folder} was prepared with (fingerprint "
+            f"{record['tokenizer']}), which is in {folder / 'tokenizer'}, got one with {encoder.fingerprint}"
+        )
+    shards = sorted(folder.glob("shard-*"))
+    if len(shards) != record["shards"]:
+        raise ValueError(f"data: expected {record['shards']} shards in {folder}, found {len(shards)}")
+    train, held_out = ([TokenStore(shard / name) for shard in shards] for name in ("train", "held_out"))
+    held = JoinedStore(held_out)
+    return Corpus(JoinedStore(train, record["digest"]), held if len(held) else None, record["skipped"])
+
+
+def _tokenize(settings: DataSettings, encoder: TextEncoder, folder: Path, seed: int) -> Corpus:
     request = {
         "train": [describe_source(source) for source in as_list(settings.train)],
         "held_out": [describe_source(source) for source in as_list(settings.held_out)],
@@ -422,9 +435,7 @@ class PackedRows(torch.utils.data.Dataset[Batch]):
     `cu_seq_lens_q` int32 has the boundaries of the documents in the whole row.
     """
 
-    def __init__(
-        self, store: TokenStore, sequence_length: int, seed: int | None, part: tuple[int, int] = (0, 1)
-    ) -> None:
+    def __init__(self, store: Store, sequence_length: int, seed: int | None, part: tuple[int, int] = (0, 1)) -> None:
         """`seed` None keeps documents and rows in their order; `part` is (i, n) for the i-th n-th of each row."""
         self.store, self.sequence_length, self.seed, self.part = store, sequence_length, seed, part
         self.rows_per_epoch = -(-int(store.lengths.sum()) // sequence_length)
@@ -434,11 +445,10 @@ class PackedRows(torch.utils.data.Dataset[Batch]):
         return self.rows_per_epoch
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: getattr(self, name) for name in ("sequence_length", "seed", "part")}
-        return state | {"store": self.store.folder}
+        return {name: getattr(self, name) for name in ("store", "sequence_length", "seed", "part")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**(state | {"store": TokenStore(state["store"])}))  # type: ignore[misc]
+        self.__init__(**state)  # type: ignore[misc]
 
     def _lay_out_epoch(self, epoch: int) -> tuple[npt.NDArray[np.int64], ...]:
         """Order of the documents [N], where each begins in the stream of tokens [N + 1], order of the rows."""
@@ -481,6 +491,53 @@ class PackedRows(torch.utils.data.Dataset[Batch]):
         if parts > 1:
             arrays["cu_seq_lens_q"] = np.array([*bounds, self.sequence_length], dtype=np.int32)
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+class MixedRows(torch.utils.data.Dataset[Batch]):
+    """Rows of several sources in given shares.
+
+    Every 1000 rows have the share of each source exactly (rounded to a row), in an order that depends on the seed and
+    the number of the thousand alone; each source goes through its own epochs.
+    """
+
+    PERIOD = 1000
+
+    def __init__(self, parts: list[PackedRows], shares: list[float], seed: int) -> None:
+        self.parts, self.seed = parts, seed
+        exact = np.array(shares) * self.PERIOD
+        self.quotas = np.floor(exact).astype(int)
+        self.quotas[np.argsort(np.floor(exact) - exact)[: self.PERIOD - self.quotas.sum()]] += 1
+        self.quotas = np.maximum(self.quotas, 1)
+        self.period = int(self.quotas.sum())
+        self._orders: dict[int, npt.NDArray[np.int64]] = {}
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def locate(self, item: int) -> tuple[int, int]:
+        """Which source the item is from, and which item of that source it is."""
+        period, place = divmod(item, self.period)
+        if period not in self._orders:
+            labels = np.repeat(np.arange(len(self.parts)), self.quotas)
+            self._orders = {period: np.random.default_rng([self.seed, period]).permutation(labels)}
+        order = self._orders[period]
+        source = int(order[place])
+        return source, period * int(self.quotas[source]) + int((order[:place] == source).sum())
+
+    def __getitem__(self, item: int) -> Batch:
+        source, place = self.locate(item)
+        return self.parts[source][place]
+
+
+Rows = PackedRows | MixedRows
+
+
+def make_rows(corpus: Corpus, sequence_length: int, seed: int, part: tuple[int, int]) -> Rows:
+    """The rows that a corpus is trained on, in their shares where it has any."""
+    if not corpus.mixture:
+        return PackedRows(corpus.train, sequence_length, seed, part)
+    rows = [PackedRows(store, sequence_length, seed, part) for store, _ in corpus.mixture]
+    return MixedRows(rows, [share for _, share in corpus.mixture], seed)
 
 
 def collate(rows: list[Batch]) -> Batch:
@@ -531,7 +588,7 @@ class RowSampler(torch.utils.data.Sampler[list[int]]):
         self.rows_taken = state["rows_taken"]
 
 
-def make_loader(rows: PackedRows, sampler: RowSampler, workers: int) -> "StatefulDataLoader":  # type: ignore[name-defined]  # noqa: F821
+def make_loader(rows: Rows, sampler: RowSampler, workers: int) -> "StatefulDataLoader":  # type: ignore[name-defined]  # noqa: F821
     """A stateful loader of micro-batches {name: [B, T] int64}."""
     from torchdata.stateful_dataloader import StatefulDataLoader
 

@@ -34,6 +34,7 @@ from tnl.training.data import (
     RowSampler,
     collate,
     make_loader,
+    make_rows,
     prepare_corpus,
     prepare_tokenizer,
 )
@@ -164,7 +165,7 @@ def assemble(settings: TrainSettings, ranks: Ranks) -> Run:
         encoder = TextEncoder(tokenizer)
         corpus = prepare_corpus(settings.data, encoder, output / "data", settings.seed)
     sampler = RowSampler(micro_batch_size, *ranks.data)
-    rows = PackedRows(corpus.train, settings.sequence_length, settings.seed, ranks.context)
+    rows = make_rows(corpus, settings.sequence_length, settings.seed, ranks.context)
     loader = make_loader(rows, sampler, settings.data.workers)
 
     torch.manual_seed(settings.seed)
@@ -365,6 +366,7 @@ def identify(settings: TrainSettings, model: PreTrainedModel, corpus: Corpus) ->
         "model": config,
         "tokenizer": corpus.train.index["tokenizer"],
         "data": {name: corpus.train.index[name] for name in ("documents", "tokens", "digest")},
+        "mixture": {store.index["digest"]: share for store, share in corpus.mixture},
         "sequence_length": settings.sequence_length,
         "seed": settings.seed,
     }
