@@ -434,3 +434,12 @@ def test_values_of_decay_are_checked_in_a_graph() -> None:
     x = arguments() | {"log_decay": torch.tensor([-0.1, 0.1])}
     with pytest.raises(ValueError, match=r"log_decay: expected values of at most 0, got 0\.1"):
         torch.compile(lambda: lightning_attention(**x)[0], fullgraph=True, backend="aot_eager")()
+
+
+def test_forward_mode_is_refused() -> None:
+    """With an error, where the tangent would silently be zero."""
+    q = torch.randn(1, 5, 2, 3)
+    with pytest.raises(NotImplementedError, match="lightning_attention: forward-mode"):
+        torch.func.jvp(lambda q: lightning_attention(q, q, q)[0], (q,), (q,))
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda q: lightning_attention(q, q, q)[0].sum())(q)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tnl.ops import lightning_torch
 from tnl.ops.backends import call_on_device
@@ -29,7 +30,7 @@ torch.library.define(
     "(Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor(a!) state, float scale, Tensor? state_indices, "
     "str backend, bool transposed=False, Tensor(b!)? states=None) -> Tensor",
 )
-attention = torch.ops.tnl.lightning_attention.default
+attention_operator = torch.ops.tnl.lightning_attention.default
 attention_backward = torch.ops.tnl.lightning_attention_backward.default
 step = torch.ops.tnl.lightning_attention_step.default
 
@@ -72,7 +73,7 @@ def _forward(
         _implementation(backend).forward,
         q, k, v, log_decay, initial_state, cu_seqlens, scale, return_final_state, transposed,
     )  # fmt: skip
-    return o, final_state if return_final_state else _new_state(q, (0,))
+    return o, final_state if return_final_state else _new_state(q, (0,))  # an operator returns tensors always
 
 
 def _check_values(log_decay: Tensor | None) -> None:
@@ -191,7 +192,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        o, final_state = _below_autograd(attention, arguments)
+        o, final_state = _below_autograd(attention_operator, arguments)
         q, k, v, log_decay, initial_state, cu_seqlens, *ctx.options = arguments
         ctx.need_decay = ctx.needs_input_grad[3]
         kept = final_state if ctx.need_decay and ctx.options[1] else None
@@ -220,6 +221,23 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, dlog_decay, dinitial_state, None, None, None, None, None
 
 
+def _wants_gradient(tensors: tuple[Any, ...]) -> bool:
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return True
+    if forward_ad._current_level >= 0 and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    ):
+        raise NotImplementedError("lightning_attention: forward-mode gradients (jvp) are not served")
+    return False
+
+
+def attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The operator, without the way through its autograd kernel where no gradient is wanted: host time."""
+    if torch.compiler.is_compiling() or _wants_gradient(arguments[:5]):
+        return attention_operator(*arguments)
+    return _below_autograd(attention_operator, arguments)
+
+
 def _autograd(
     q: Tensor,
     k: Tensor,
@@ -235,9 +253,9 @@ def _autograd(
     arguments = (
         q, k, v, log_decay, initial_state, cu_seqlens, scale, return_final_state, backend, transposed
     )  # fmt: skip
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments[:5]):
+    if _wants_gradient(arguments[:5]):
         return _Attention.apply(*arguments)
-    return _below_autograd(attention, arguments)
+    return _below_autograd(attention_operator, arguments)
 
 
 class _AttentionBackward(torch.autograd.Function):
@@ -303,7 +321,7 @@ def _forward_vmap(info: Any, dims: tuple[int | None, ...], *arguments: Any) -> t
         _fold(x, dim, size) for x, dim in zip((q, k, v, initial_state), (*dims[:3], dims[4]), strict=True)
     )
     log_decay = _fold_decay(log_decay, dims[3], q, size, per_token=False)
-    o, final_state = attention(q, k, v, log_decay, initial_state, None, scale, return_final_state, *rest)
+    o, final_state = attention_operator(q, k, v, log_decay, initial_state, None, scale, return_final_state, *rest)
     o = o.unflatten(0, (size, -1))
     if return_final_state:
         return (o, final_state.unflatten(0, (size, -1))), (0, 0)
