@@ -73,7 +73,7 @@ def _forward(
         _implementation(backend).forward,
         q, k, v, log_decay, initial_state, cu_seqlens, scale, return_final_state, transposed,
     )  # fmt: skip
-    return o, final_state if return_final_state else _new_state(q, (0,))  # an operator returns tensors always
+    return o, final_state if return_final_state else q.new_empty(0)  # an operator always returns tensors
 
 
 def _check_values(log_decay: Tensor | None) -> None:
@@ -95,7 +95,7 @@ def _forward_fake(
     transposed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     o = q.new_empty(*q.shape[:-1], v.shape[-1])
-    return o, _new_state(q, _state_shape(q, v, cu_seqlens, transposed) if return_final_state else (0,))
+    return o, _new_state(q, _state_shape(q, v, cu_seqlens, transposed)) if return_final_state else q.new_empty(0)
 
 
 torch.library.impl("tnl::lightning_attention", "default")(_forward)
