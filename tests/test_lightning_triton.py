@@ -39,7 +39,7 @@ CASES = [
 def short_segments(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cuts every sequence of more than 64 tokens, as a launch of few heads would: tokens in a segment, and to lead."""
     monkeypatch.setattr(
-        lightning_triton, "cut_sequence", lambda tokens, *_: request.param if tokens > 64 else (tokens, 0)
+        lightning_triton, "cut_sequence", lambda tokens, *_: request.param if tokens > 64 else (tokens, tokens)
     )
 
 
@@ -56,6 +56,25 @@ def test_kernels(case: Case, decay: str, dtype: torch.dtype, nan_filled_memory: 
 @pytest.mark.parametrize("case", CASES[2:], ids=str)
 def test_segments(case: Case, decay: str, short_segments: None, nan_filled_memory: None) -> None:
     check(Case(**{**vars(case), "decay": decay}), "triton", torch.float32)
+
+
+@interpreted
+@pytest.mark.parametrize("reverse", [False, True])
+def test_segments_that_fade(reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A segment's sum leaves out what fades to nothing before the segment ends, and nothing else."""
+    monkeypatch.setattr(lightning_triton, "cut_sequence", lambda *_: (96, 96))
+    case = Case(B=1, T=300, Hq=4, H=4, D=16, E=16)
+    q, k, v = (case.inputs(torch.float32)[name].requires_grad_() for name in ("q", "k", "v"))
+    log_decay = torch.tensor([-50.0, -2.0, -1.3, -1e-12])
+    o, _ = lightning_attention(q, k, v, log_decay, backend="triton")
+    expected, _ = lightning_torch.recurrence(q.double(), k.double(), v.double(), log_decay.double())
+    assert relative_error(o, expected) < 1e-6
+    if reverse:
+        do = torch.randn_like(o)
+        for gradient, true in zip(
+            torch.autograd.grad(o, (q, k, v), do), torch.autograd.grad(expected, (q, k, v), do.double()), strict=True
+        ):
+            assert relative_error(gradient, true) < 1e-6
 
 
 @interpreted
@@ -225,13 +244,18 @@ def test_pool_beyond_32_bits() -> None:
 
 
 def test_cut_sequence() -> None:
-    """Behind the short first one as many segments as make one program a multiprocessor, none of them much shorter."""
-    assert lightning_triton.cut_sequence(8192, 256, 132) == (8192, 0)
-    assert lightning_triton.cut_sequence(8192, 100, 132) == (8192, 0)
-    assert lightning_triton.cut_sequence(200, 1, 132) == (200, 0)
+    """Behind the short first one as many segments as make one program a multiprocessor; or equal ones, up to twice."""
+    for fades in (False, True):
+        assert lightning_triton.cut_sequence(8192, 256, 132, fades) == (8192, 8192)
+        assert lightning_triton.cut_sequence(8192, 100, 132, fades) == (8192, 8192)
+        assert lightning_triton.cut_sequence(200, 1, 132, fades) == (200, 200)
     for tokens in (512, 1000, 8192, 131072, 1 << 20):
         for walks in (1, 7, 16, 32, 66):
-            segment, lead = lightning_triton.cut_sequence(tokens, walks, 132)
+            segment, lead = lightning_triton.cut_sequence(tokens, walks, 132, fades=True)
+            assert segment % 64 == 0
+            assert lead == segment
+            assert -(-tokens // segment) * walks <= 2 * 132
+            segment, lead = lightning_triton.cut_sequence(tokens, walks, 132, fades=False)
             assert segment % 64 == 0
             assert lead in range(64, segment // 2 + 1, 64)
             assert -(-(tokens - lead) // segment) * walks <= 132
