@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -30,7 +31,8 @@ FIRST_STRIDE, STRIDE_LEAST, STRIDE_LIMIT, STRIDE_GROWTH = 0.3, 0.05, 2.0, 1.1
 NUMPY_ENTRIES = 100_000  # tensors of up to this many entries are fitted in NumPy on a CPU
 THREADED_ENTRIES = 1_000_000
 STIRRED = 1e-4  # of a core's norm
-MOST_LOOKS = 10.0
+ALIKE = 3e-3  # relative difference of the errors of two starts that are taken for one
+SLOW = 0.8  # ratio of two gains in a row above which their decay is not trusted
 ANNEALED_TO = 1e-3  # the ridge of random starts falls from 1 to this, then to nothing
 GROWTH_SWEEPS = 3  # sweeps at each rank while growing
 
@@ -98,18 +100,28 @@ class _Layout:
     ranks: tuple[int, ...]
 
 
+Kind = Literal["annealed", "grown", "warm"]
+
+
 @dataclass
 class _Start:
     """One start of one request, on its way."""
 
     request: int
-    grown: bool
-    annealed: bool
+    kind: Kind
     cores: list[torch.Tensor]
     rse: float = float("inf")
     sweeps: int = 0
     dropped: bool = False
     history: list[float] = field(default_factory=list)
+
+    def is_like_one_of(self, others: list[_Start]) -> bool:
+        """Whether another start of the request has had the same errors, and so most likely has the same end."""
+        return any(
+            other.request == self.request
+            and all(abs(a - b) <= ALIKE * b for a, b in zip(self.history[-2:], other.history[-2:], strict=True))
+            for other in others
+        )
 
 
 class Fitter:
@@ -217,12 +229,11 @@ class Fitter:
             warm = warm_cores(request.parent, request.structure, generator)
         if warm is not None:
             restarts = (restarts + 1) // 2  # the neighbour's cores are worth some cold starts
-            starts.append(_Start(index, False, False, _to_positions(warm, layout, own)))
+            starts.append(_Start(index, "warm", _to_positions(warm, layout, own)))
         for restart in range(restarts):
             generator = torch.Generator().manual_seed((request.seed * 1_000_003 + restart) % 2**63)
             noise = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in own.shapes]
-            grown = restart == 1
-            starts.append(_Start(index, grown, not grown, noise))
+            starts.append(_Start(index, "grown" if restart == 1 else "annealed", noise))
         return starts
 
     def _run(self, plan: Plan, starts: list[_Start], requests: list[FitRequest], layouts: list[_Layout]) -> None:
@@ -248,10 +259,10 @@ class _Race:
         self.arrays, self.active = fitter.arrays, starts
         own_ranks = [layouts[start.request].ranks for start in starts]
         self.ranks = np.array(own_ranks, dtype=np.int64).reshape(len(starts), -1)
-        self.grown = np.array([start.grown for start in starts])
+        self.grown = np.array([start.kind == "grown" for start in starts])
         # loops make bad minima, so the more edges at a vertex the slower
         self.cooling = 0.8 if max(map(len, plan.template.incident)) <= 2 else 0.9
-        self.ridge = self.arrays.array([float(start.annealed) for start in starts])
+        self.ridge = self.arrays.array([float(start.kind == "annealed") for start in starts])
         self.annealing = True
         at = np.array([[v in edge for edge in plan.template.edges] for v in plan.positions], dtype=bool)
         rows = np.where(at, self.ranks[:, None, :], 1).prod(2, dtype=float)  # without the padding, [B, positions]
@@ -259,7 +270,9 @@ class _Race:
         self._set_shares()
         # the level at which each request's growth ends: its own, whatever else is in the batch
         self.levels = dict.fromkeys((start.request for start in starts), 1)
-        self.levels |= {s.request: max(r, default=1) for r, s in zip(own_ranks, starts, strict=True) if s.grown}
+        self.levels |= {
+            s.request: max(r, default=1) for r, s in zip(own_ranks, starts, strict=True) if s.kind == "grown"
+        }
         self.growing = max(self.levels.values())
         self.owner = self.arrays.array(plan.owner)
         self.noise = self.arrays.array(_padded([start.cores for start in starts], plan))
@@ -271,7 +284,7 @@ class _Race:
         self.previous = self.flat + 0.0
         self.last = self.arrays.array([math.inf] * len(starts))
         self.stride = self.arrays.array([FIRST_STRIDE] * len(starts))
-        self.best = dict.fromkeys({start.request for start in starts}, math.inf)
+        self.best: dict[tuple[int, Kind], float] = {}
 
     def _mask(self, level: int) -> Array:
         """1 where all bond indices of an entry are below the ranks active at a level of growth: [B, parameters]."""
@@ -348,35 +361,42 @@ class _Race:
         self.flat += 0.3 * (scale @ self.owner.T) * self.noise * opened
 
     def _leave(self, sweep: int, errors: list[float]) -> None:
-        done = []
+        """Take out the starts that are done, and of those that have come to the same error all but one."""
         for start, rse in zip(self.active, errors, strict=True):
             start.history.append(rse)
-            self.best[start.request] = min(self.best[start.request], rse)
+            key = start.request, start.kind
+            self.best[key] = min(rse, self.best.get(key, math.inf))
         cooled = math.log(ANNEALED_TO) / math.log(self.cooling)
-        for slot, start in enumerate(self.active):
+        done: list[int] = []
+        kept: list[_Start] = []
+        for slot, start in sorted(enumerate(self.active), key=lambda pair: pair[1].history[-1]):
             grown = GROWTH_SWEEPS * self.levels[start.request]
             ready = sweep >= max(cooled, grown) + self.settings.check_every
-            if self._is_done(start, sweep, ready):
+            if self._is_done(start, sweep, ready) or (ready and self.settings.racing and start.is_like_one_of(kept)):
                 start.sweeps = sweep
                 done.append(slot)
+            elif ready:
+                kept.append(start)
         if done:
-            self._take_out(done)
+            self._take_out(sorted(done))
 
     def _is_done(self, start: _Start, sweep: int, ready: bool) -> bool:
-        rse, best = start.history[-1], self.best[start.request]
-        if best <= self.settings.tolerance or sweep >= self.settings.sweeps:
+        rse = start.history[-1]
+        best = {kind: self.best.get((start.request, kind), math.inf) for kind in get_args(Kind)}
+        if min(best.values()) <= self.settings.tolerance or sweep >= self.settings.sweeps:
             return True
-        if ((start.grown or start.annealed) and not ready) or len(start.history) < 2:
+        if (start.kind != "warm" and not ready) or len(start.history) < 2:
             return False
         gain = start.history[-2] - rse
         if abs(gain) <= self.settings.progress * rse:
             return True
         if gain < 0 or not self.settings.racing:
             return False
-        hope = rse - gain * _looks_to_come(start.history)
+        hope = rse - gain * _looks_to_come(start.history, (self.settings.sweeps - sweep) / self.settings.check_every)
         target = self.requests[start.request].target
         start.dropped = target is not None and ready and hope > target
-        return start.dropped or (ready and hope > best)
+        # annealed and grown starts end in different minima at different speeds: early leads between them say little
+        return start.dropped or (ready and hope > min(best[start.kind], best["warm"]))
 
     def _take_out(self, done: list[int]) -> None:
         data = self.data if len(self.data) == 1 else self.data[done]
@@ -413,12 +433,12 @@ def _few_threads(entries: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _looks_to_come(history: list[float]) -> float:
+def _looks_to_come(history: list[float], left: float) -> float:
     """How many times its last gain a start may still gain: twice what a geometric decay of the gains gives."""
     if len(history) < 3 or history[-3] <= history[-2]:
-        return MOST_LOOKS
+        return left
     ratio = (history[-2] - history[-1]) / (history[-3] - history[-2])
-    return MOST_LOOKS if ratio >= 0.8 else min(MOST_LOOKS, 2.0 * ratio / (1.0 - ratio) + 0.5)
+    return left if ratio >= SLOW else min(left, 2.0 * ratio / (1.0 - ratio) + 0.5)
 
 
 def _layout(structure: Structure) -> _Layout:

@@ -1,10 +1,10 @@
 """The default method: the lower bound first, then TnALE's moves in the order a surrogate gives them.
 
 First, structures are fitted in ascending order of their lower bound. Where the tensor is of low rank this ends
-within a few fits, with a proof. Otherwise the search descends by TnALE's moves (one rank, or two modes swapped),
-and by pairs of them, which is what leaves a plateau. The surrogate, a ridge regression of log RSE on the tails of
-the spectrum plus the residuals of fitted neighbours, only orders the moves; the bound takes out those that cannot
-win.
+within a few fits, with a proof. Otherwise two smaller structures are fitted, and the search descends by TnALE's moves
+(one rank, or two modes swapped), and by pairs of them, which is what leaves a plateau. The surrogate, a ridge
+regression of log RSE on the tails of the spectrum plus the residuals of fitted neighbours, only orders the moves; the
+bound takes out those that cannot win.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from tnss.methods.base import Evaluation, Proposal, View
 from tnss.methods.surrogate import Surrogate
 from tnss.objective import ErrorBudget, Lagrangian, Objective
 from tnss.space import Point
+
+PRICES = (8.0, 64.0)  # of parameters, in the descents of the bound that moves begin with
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,8 @@ class Auto:
             yield from self._by_bound(self.bounds)
             if self.bounds.remaining() >= self._cutoff():
                 return
+            if proposals := self._new(self._descend(price) for price in PRICES):
+                yield proposals
         while self.since_best < self.options.patience:
             proposals = self._moves()
             if not proposals:
@@ -108,7 +112,8 @@ class Auto:
 
     def _by_bound(self, bounds: BoundSearch) -> Generator[list[Proposal], None, None]:
         """Fit a structure of low bound, found by descent, then those the branch and bound brings out."""
-        yield self._new([self._descend()])
+        if proposals := self._new([self._descend(1.0)]):
+            yield proposals
         failed = 0
         while failed < self.options.bound_patience:
             point = bounds.next(self.options.nodes)
@@ -133,8 +138,11 @@ class Auto:
             proposals.append(Proposal(point, parent.structure if parent else None, target))
         return proposals
 
-    def _descend(self) -> Point:
-        """A point whose bound no single move lowers: the best of some descents from random points."""
+    def _descend(self, price: float) -> Point:
+        """A point whose bound no single move lowers: the best of some descents from random points.
+
+        Parameters count ``price`` times: with noise the bound promises that more of them go on to help.
+        """
         view = self.view
         assert view.spectrum is not None
 
@@ -142,7 +150,12 @@ class Auto:
             structures = [view.domain.decode(point) for point in points]
             bounds = view.spectrum.bound(structures)  # type: ignore[union-attr]
             pairs = zip(structures, bounds, strict=True)
-            return np.array([view.merit(structure, float(rse)) for structure, rse in pairs])
+            return np.array(
+                [
+                    view.merit(structure, float(rse)) + (price - 1.0) * structure.parameters / view.entries
+                    for structure, rse in pairs
+                ]
+            )
 
         best, best_value = view.first_point(), float("inf")
         for start in [best, *(view.domain.random(view.generator) for _ in range(5))]:
