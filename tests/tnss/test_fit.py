@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from tests.tnss.planted import A6A, planted_ring, random_cores, random_structure, ring_structure
-from tnss import ALS, FitRequest, Fitter, Structure, relative_squared_error
+from tnss import ALS, FitRequest, Fitter, Structure, fit, relative_squared_error
 from tnss.network import contract_cores
+from tnss.polish import _jacobian
 from tnss.sweeps import Plan, Template
 from tnss.warm import warm_cores
 
@@ -76,11 +77,41 @@ def test_batched_is_serial() -> None:
         assert network.sweeps == alone.sweeps
 
 
+def test_numpy_is_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code that large tensors and GPUs take, on tensors that are fitted in NumPy otherwise; weighted as well."""
+    tensor = planted_ring(*A6A, noise=0.05)
+    weights = torch.tensor(np.random.default_rng(0).random(tensor.shape) + 0.5)
+    structures = [PLANTED_A6A, ring_structure((3,) * 6, (2, 0, 1, 5, 4, 3), (2, 1, 3, 2, 2, 3))]
+    structures += [Structure((3,) * 6, [(0, 1, 2), (0, 2, 2), (0, 3, 2), (1, 4, 3), (3, 5, 2)])]
+    requests = [FitRequest(structure, seed) for seed, structure in enumerate(structures)]
+    for settings in (ALS(restarts=2), ALS(restarts=2, dtype="float32", sweeps=30)):
+        for weight in (None, weights):
+            monkeypatch.setattr(fit, "NUMPY_ENTRIES", 10**9)
+            in_numpy = Fitter(tensor, settings, weight).fit(requests)
+            monkeypatch.setattr(fit, "NUMPY_ENTRIES", 0)
+            in_torch = Fitter(tensor, settings, weight).fit(requests)
+            for a, b in zip(in_numpy, in_torch, strict=True):
+                assert b.rse == pytest.approx(a.rse, rel=1e-6 if settings.dtype == "float64" else 1e-2)
+
+
 def test_same_seed_same_result() -> None:
     tensor = planted_ring(*A6A, noise=0.1)
     first, second = (Fitter(tensor, ALS()).fit([FitRequest(PLANTED_A6A, 3)])[0] for _ in range(2))
     assert first.rse == second.rse
     assert all(torch.equal(a, b) for a, b in zip(first.cores, second.cores, strict=True))
+
+
+def test_polish_follows_the_gradient() -> None:
+    """The Jacobian against automatic differentiation, weighted."""
+    generator = np.random.default_rng(0)
+    template = Template((3, 2, 4), ((0, 1), (1, 2), (0, 2)))
+    plan = Plan(template, (2, 3, 2))
+    flat, root = generator.standard_normal((1, plan.parameters)), generator.random((3, 2, 4))
+    expected = torch.autograd.functional.jacobian(
+        lambda x: torch.tensor(root) * plan.dense(plan.split(x[None]))[0], torch.tensor(flat[0])
+    )
+    found = _jacobian(plan, flat, root)
+    torch.testing.assert_close(torch.tensor(found), expected.reshape(24, -1))
 
 
 @pytest.mark.parametrize("seed", range(4))
