@@ -265,19 +265,24 @@ def step(
         return step(q[:, None], k[:, None], v[:, None], decay, state, scale, indices, transposed, states)[:, 0]
     if transposed:
         state, states = state.mT, None if states is None else states.mT
-    heads = q.shape[2]
+    heads, group = q.shape[2], q.shape[2] // k.shape[2]
     o = torch.empty(*q.shape[:-1], v.shape[-1], dtype=q.dtype, device=q.device)
-    k, v = (x.repeat_interleave(heads // x.shape[2], dim=2).to(state.dtype) for x in (k, v))
-    loss = state.new_zeros(heads) if log_decay is None else log_decay.to(state.dtype).expm1()
-    loss = loss.expand(q.shape[:-1])[..., None, None]
+    q, k, v = (x.to(state.dtype) for x in (q, k, v))
+    if group > 1:
+        k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
+    loss = None
+    if log_decay is not None:
+        loss = log_decay.to(state.dtype).expm1().expand(*o.shape[:2], heads)[..., None, None]
     new = state if indices is None else state[indices.clamp(min=0).long()]
     for t in range(q.shape[1]):
-        new = new + (new * loss[:, t] + k[:, t, :, :, None] * v[:, t, :, None, :])
-        o[:, t] = scale * (q[:, t, :, None].to(state.dtype) @ new).squeeze(-2)
+        update = k[:, t, :, :, None] * v[:, t, :, None, :]
+        if loss is not None:
+            update.addcmul_(new, loss[:, t])
+        new.add_(update)
+        o[:, t] = (q[:, t, :, None] @ new)[:, :, 0].mul_(scale)
         if states is not None:
             states[:, t] = new
     if indices is None:
-        state.copy_(new)
         return o
     padding = indices < 0  # its output is zero and no state changes
     state.index_copy_(0, indices[~padding].long(), new[~padding])
