@@ -8,9 +8,9 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
-from tnl.training.config import EvaluationSettings, GenerationSettings, PrepareSettings, TrainSettings
+from tnl.training.config import EvaluationSettings, GenerationSettings, PlanSettings, PrepareSettings, TrainSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +37,6 @@ COMMANDS = {
     "train": Command(
         "train a model: tnl train CONFIG.yaml [--key value ...]", TrainSettings, "tnl.training.loop:train"
     ),
-    "prepare": Command(
-        "turn text into token shards that training maps into memory",
-        PrepareSettings,
-        "tnl.training.prepare:prepare",
-        {"data": "Sources of text, as in `data.train` of `tnl train`."},
-    ),
     "eval": Command(
         "loss, perplexity and bits per byte of a model on text",
         EvaluationSettings,
@@ -50,6 +44,18 @@ COMMANDS = {
         {"data": "Sources of text, as in `data.train` of `tnl train`."},
     ),
     "generate": Command("continue a text", GenerationSettings, "tnl.training.generation:generate"),
+    "prepare": Command(
+        "turn text into token shards that training maps into memory",
+        PrepareSettings,
+        "tnl.training.prepare:prepare",
+        {"data": "Sources of text, as in `data.train` of `tnl train`."},
+    ),
+    "plan": Command(
+        "memory, communication and time of a training run before it is started",
+        PlanSettings,
+        "tnl.training.plan:plan",
+        {"gpus": "Numbers of GPUs, one column each."},
+    ),
     "presets": Command("list the model sizes that have a name", None, "tnl.training.model:print_presets"),
 }
 
@@ -121,7 +127,8 @@ def _add_settings(parser: Any, command: Command) -> None:
         parser.add_argument("--config", action="config", help="YAML file with any of these settings")
     parser.add_class_arguments(command.settings, as_positional=True, skip=set(command.several))
     for name, text in command.several.items():
-        parser.add_argument(name, nargs="+", help=text)
+        (kind,) = get_args(get_type_hints(command.settings)[name])  # list[kind]
+        parser.add_argument(name, nargs="+", type=kind, help=text)
 
 
 def _spell_out_train(arguments: list[str]) -> list[str]:

@@ -224,6 +224,57 @@ class PrepareSettings:
 
 
 @dataclass
+class PlanSettings:
+    """Everything `tnl plan` needs.
+
+    Attributes:
+        model: A preset of TNL.
+        gpus: Numbers of GPUs, one column each.
+        overrides: Fields of the model's configuration to change.
+        gpu: What kind: `H100`, `H200`, `A100`.
+        gpus_per_node: GPUs that are joined by the fast links.
+        sequence_length: Tokens in a row.
+        batch_tokens: Tokens in an optimiser step over all GPUs; 0 takes one row for each group that shares rows.
+        micro_batch_size: Rows in one forward pass.
+        context: GPUs that share each row.
+        tensor: GPUs that share each layer.
+        activation_checkpointing: Compute the activations of a block again in the backward pass.
+        tokens: Token budget; 0 takes 20 for each parameter.
+        flops_use: Share of the GPU's bfloat16 peak that forward and backward pass reach on one GPU, recomputation
+            counted; 0 takes it from `measured`, or else the assumption 0.45.
+        measured: CSV that `python -m benchmarks.scale` wrote on one GPU: the model nearest in size gives the rate.
+        format: `table` for the terminal, `markdown` or `json`.
+    """
+
+    model: str
+    gpus: list[int]
+    overrides: dict[str, Any] = field(default_factory=dict)
+    gpu: Literal["H100", "H200", "A100"] = "H100"
+    gpus_per_node: int = 8
+    sequence_length: int = 8192
+    batch_tokens: int = 0
+    micro_batch_size: int = 1
+    context: int = 1
+    tensor: int = 1
+    activation_checkpointing: bool = False
+    tokens: float = 0
+    flops_use: float = 0.0
+    measured: str | None = None
+    format: Literal["table", "markdown", "json"] = "table"
+
+    def __post_init__(self) -> None:
+        for name in ("gpus_per_node", "sequence_length", "micro_batch_size", "context", "tensor"):
+            require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        group = self.context * self.tensor
+        for count in self.gpus:
+            divides = count >= 1 and count % group == 0
+            require("gpus", count, divides, f"a multiple of {group} (context times tensor)")
+        require("flops_use", self.flops_use, 0 <= self.flops_use <= 1, "between 0 and 1")
+        for name in ("batch_tokens", "tokens"):
+            require(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
+
+
+@dataclass
 class EvaluationSettings:
     """Everything `tnl eval` needs.
 
