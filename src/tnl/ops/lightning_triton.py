@@ -13,9 +13,8 @@ for one head run side by side, so that what they read in common comes from the c
 Where heads are too few to fill the chip, a sequence is cut into segments, a program each. A program first sums up its
 own segment's state, waits for the state that enters it, passes on the state that leaves it, and walks. The state is
 handed over in the buffer of the final state: one slot a chain, so memory does not grow with the number of segments.
-The sum reads keys and values once more. With a decay constant in a head it leaves out what will have faded to nothing.
-Otherwise the first segment, which waits for nothing, goes without: it is so short that its walk ends when the others
-have their sums.
+The sum reads keys and values once more, so a short first segment, which waits for nothing, goes without; and with a
+decay constant in a head the sum leaves out what will have faded to nothing.
 """
 
 import functools
@@ -77,6 +76,7 @@ def choose_step_tiles(heads: int, columns: int) -> StepTiles:
 
 
 MIN_SEGMENT = 256
+LONG_SEGMENT = 65536
 LEAD = 0.45  # time to sum up a segment's state, of the time to walk it (measured on an H100)
 
 
@@ -85,17 +85,17 @@ def cut_sequence(tokens: int, walks: int, processors: int, fades: bool) -> tuple
 
     ``walks`` is the number of programs of a launch without a cut. One program a multiprocessor saturates the memory,
     so a sequence is one segment where there is one multiprocessor for a walk, or where segments would be short.
+    Otherwise the segments behind the first are as many as make one program for each multiprocessor, and the first is
+    so short that its walk ends when the others have their sums; the last runs where the first one ran.
 
-    ``fades``: with a decay constant in a head, where most heads need to sum up little, segments are equal, and twice as
-    many as fill the chip, so that heads that take longer even out. Without it the sum has its full length, and the
-    segments behind the first are just as many as fill the chip; the last of them runs where the first one ran.
+    Where heads have decays of their own (``fades``), most need to sum up little of a long segment; then segments are
+    equal, and more than fill the chip if the sequence is that long, so that heads that take longer even out.
     """
     segments = min(processors // walks, tokens // MIN_SEGMENT)
     if segments < 2:
         return tokens, tokens
-    if fades:
-        length = triton.cdiv(triton.cdiv(tokens, min(2 * segments, tokens // MIN_SEGMENT)), 64) * 64
-        return length, length
+    if fades and tokens >= segments * LONG_SEGMENT:
+        return LONG_SEGMENT, LONG_SEGMENT
     length = triton.cdiv(int(tokens / (segments + LEAD)) + 1, 64) * 64
     return length, max(64, int(LEAD * length) // 64 * 64)
 
@@ -205,7 +205,7 @@ def _walk(
     X, Y, Z, OUT, DIFFERENCE, AGAINST, LOG_DECAY, INITIAL, FINAL, FLAG,
     batch, x_head, y_head, x_stride, y_stride, z_stride, out_stride, against_stride, decay_stride, difference_stride,
     state_row, state_column, rate, scale,
-    begin, end, index, is_last, lead, K, C, column_block,
+    begin, end, index, is_last, segment, lead, K, C, column_block,
     REVERSE: tl.constexpr, DECAY: tl.constexpr, HAS_INITIAL: tl.constexpr, STORE_FINAL: tl.constexpr,
     PACKED: tl.constexpr, SPLIT: tl.constexpr, NEED_DIFFERENCE: tl.constexpr, BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
@@ -244,14 +244,12 @@ def _walk(
         # The state of this segment alone, then the hand-over in the slot: wait, read, pass on.
         own = tl.zeros([BLOCK_K, BLOCK_C], tl.float32)
         decayed = 0.0
-        sums = not is_last
+        leads = (index == 0) & (length <= lead) & (lead < segment)
+        sums = (not is_last) & (not leads)
         faded = blocks * 0
         if DECAY == 1:  # what is written further from the end would be weighted by less than exp(-FADED)
             decayed = rate * length
             faded = tl.maximum((decayed + FADED) / tl.minimum(rate, -1e-9), 0.0).to(tl.int32) // BLOCK_T
-        else:
-            leads = (index == 0) & (length <= lead)
-            sums = sums & (not leads)
         if sums:
             for block in range(faded, blocks):
                 at = first + block * step
@@ -293,7 +291,7 @@ def _walk(
             difference = tl.sum(out * against.to(tl.float32), 1)
             tl.store(DIFFERENCE + token * difference_stride, difference, at + rows < length)
 
-    if SPLIT and DECAY != 1:
+    if SPLIT:
         if leads & (not is_last):
             _pass_on(FINAL + state_at, state_mask, state, FLAG, index)
     if STORE_FINAL:
@@ -391,7 +389,7 @@ def _forward_kernel(
         FLAGS + 1 + chain * blocks + column_block,
         sequence, head, key_head, q_token, k_token, v_token, Hq * E, k_token, Hq, 0,
         1 if TRANSPOSED else E, D if TRANSPOSED else 1, rate, scale,
-        begin, end, index, is_last, lead, D, E, column_block,
+        begin, end, index, is_last, segment, lead, D, E, column_block,
         False, DECAY, HAS_INITIAL, STORE_FINAL, PACKED, SPLIT, False, BLOCK_T, BLOCK_D, BLOCK_C, PRECISION,
     )  # fmt: skip
 
@@ -454,7 +452,7 @@ def _backward_kernel(
             V, DO, Q_PART, DK + token * D, DIFFERENCE + token + (column_block + d_blocks) * difference_block, K_PART,
             LOG_DECAY, DFINAL + chain * D * E, DK_STATE + chain * D * E, FLAGS,
             sequence, key_head, head, v_token, do_token, q_token, Hq * D, k_token, Hq, Hq,
-            column, row, rate, scale, begin, end, index, is_last, lead, E, D, column_block,
+            column, row, rate, scale, begin, end, index, is_last, segment, lead, E, D, column_block,
             True, DECAY, HAS_DFINAL, False, PACKED, SPLIT, NEED_DIFFERENCE, BLOCK_T, BLOCK_E, BLOCK_C, PRECISION,
         )  # fmt: skip
     if backwards & (column_block >= d_blocks):
@@ -462,7 +460,7 @@ def _backward_kernel(
             K, Q, DO_PART, DV + token * E, DIFFERENCE, K_PART,
             LOG_DECAY, DFINAL + chain * D * E, DINITIAL + chain * D * E, FLAGS,
             sequence, key_head, head, k_token, q_token, do_token, Hq * E, k_token, Hq, Hq,
-            row, column, rate, scale, begin, end, index, is_last, lead, D, E, column_block - d_blocks,
+            row, column, rate, scale, begin, end, index, is_last, segment, lead, D, E, column_block - d_blocks,
             True, DECAY, HAS_DFINAL, HAS_INITIAL, PACKED, SPLIT, False, BLOCK_T, BLOCK_D, BLOCK_C, PRECISION,
         )  # fmt: skip
     if column_block >= d_blocks + e_blocks:
@@ -471,7 +469,7 @@ def _backward_kernel(
             DO, V, K_PART, DQ + token * D, DIFFERENCE + token + column_block * difference_block, Q_PART,
             LOG_DECAY, INITIAL + chain * D * E, DQ_STATE + chain * D * E, FLAGS,
             sequence, head, key_head, do_token, v_token, k_token, Hq * D, q_token, Hq, Hq,
-            column, row, rate, scale, begin, end, index, is_last, lead, E, D, column_block,
+            column, row, rate, scale, begin, end, index, is_last, segment, lead, E, D, column_block,
             False, DECAY, HAS_INITIAL, False, PACKED, SPLIT, NEED_DIFFERENCE, BLOCK_T, BLOCK_E, BLOCK_C, PRECISION,
         )  # fmt: skip
 
