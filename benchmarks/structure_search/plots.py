@@ -1,10 +1,15 @@
-"""Plots of the results, from the CSV files alone."""
+"""Plots of the results, from the CSV files alone, into the documentation."""
 
 import csv
 import statistics
 from collections import defaultdict
 
+from benchmarks import REPOSITORY
 from benchmarks.structure_search.cases import FOLDER
+
+DOCS = REPOSITORY / "docs"
+METHODS = ("auto", "tnale", "tnls", "tnga", "greedy", "svdinstn")
+PANELS = {"data": "the authors' tensor, exact", "A6n": "planted ring A6n, noise 1e-2"}
 
 
 def read(name: str) -> list[dict[str, str]]:
@@ -13,9 +18,8 @@ def read(name: str) -> list[dict[str, str]]:
 
 
 def plot_all() -> None:
-    for name, plot in (("methods", plot_methods), ("images", plot_images), ("evaluation", plot_evaluation)):
-        if (FOLDER / f"{name}.csv").exists():
-            plot()
+    plot_methods()
+    plot_evaluation()
 
 
 def plot_methods() -> None:
@@ -23,50 +27,39 @@ def plot_methods() -> None:
     from matplotlib.figure import Figure
 
     rows = read("methods")
-    tensors = sorted({row["tensor"] for row in rows})
     figure = Figure(figsize=(9, 3.8), layout="constrained")
-    for axes, tensor in zip(figure.subplots(1, len(tensors)), tensors, strict=True):
+    for axes, (tensor, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
         groups = defaultdict(list)
         for row in rows:
-            if row["tensor"] == tensor and int(row["parameters_at_error"]):
+            if row["tensor"] == tensor:
                 groups[row["method"]].append((float(row["cpu_seconds"]), int(row["parameters_at_error"])))
-        for method, points in groups.items():
-            seconds, parameters = zip(*points, strict=True)
-            axes.scatter(seconds, parameters, s=18, alpha=0.7, label=f"{method} ({len(points)} seeds)")
-        axes.set(xscale="log", yscale="log", xlabel="CPU seconds", ylabel="parameters at the planted error")
-        axes.set_title(tensor)
+        for method in METHODS:
+            reached = [(seconds, parameters) for seconds, parameters in groups[method] if parameters]
+            seconds, parameters = zip(*reached, strict=True) if reached else ((), ())
+            label = f"{method}, error reached in {len(reached)} of {len(groups[method])}"
+            axes.scatter(seconds, parameters, s=22, alpha=0.7, label=label)
+        axes.set(xscale="log", xlabel="CPU seconds", ylabel="parameters at the planted error", title=title)
         axes.legend(fontsize=7)
-    figure.savefig(FOLDER / "methods.png", dpi=110)
-
-
-def plot_images() -> None:
-    """Objective reached on the images against the bar."""
-    from matplotlib.figure import Figure
-
-    rows = read("images")
-    figure = Figure(figsize=(5, 3.5), layout="constrained")
-    axes = figure.add_subplot()
-    for place, tensor in enumerate(sorted({row["tensor"] for row in rows})):
-        own = [row for row in rows if row["tensor"] == tensor]
-        axes.scatter([place] * len(own), [float(row["objective"]) for row in own], label=tensor)
-        axes.hlines(float(own[0]["bar"]), place - 0.3, place + 0.3, color="black", lw=1)
-    axes.set(xticks=[], ylabel="objective (line: the bar)")
-    axes.legend()
-    figure.savefig(FOLDER / "images.png", dpi=110)
+    figure.savefig(DOCS / "structure-search-methods.png", dpi=110)
 
 
 def plot_evaluation() -> None:
-    """Time of one evaluation: ours and Adam's."""
+    """Time and error of one evaluation: ours and Adam's."""
     from matplotlib.figure import Figure
 
     rows = read("evaluation")
-    figure = Figure(figsize=(5, 3.5), layout="constrained")
-    axes = figure.add_subplot()
-    ours, theirs = ([float(row[key]) for row in rows] for key in ("cpu_seconds", "adam_cpu_seconds"))
-    axes.scatter(theirs, ours)
-    axes.set(xscale="log", yscale="log", xlabel="Adam, CPU seconds", ylabel="tnss, CPU seconds")
-    axes.set_title(f"median {statistics.median(theirs):.1f} s against {statistics.median(ours):.2f} s")
-    figure.savefig(FOLDER / "evaluation.png", dpi=110)
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    times, errors = figure.subplots(1, 2)
+    for axes, ours, theirs, quantity in (
+        (times, "cpu_seconds", "adam_cpu_seconds", "CPU seconds"),
+        (errors, "rse", "adam_rse", "RSE"),
+    ):
+        x, y = ([float(row[key]) for row in rows] for key in (theirs, ours))
+        axes.scatter(x, y)
+        axes.set(xscale="log", yscale="log", xlabel=f"Adam, {quantity}", ylabel=f"tnss, {quantity}")
+        axes.set_title(f"{quantity}: medians {statistics.median(x):.2g} and {statistics.median(y):.2g}", fontsize=10)
+    errors.axline((1e-2, 1e-2), slope=1, color="black", lw=0.8)
+    figure.savefig(DOCS / "structure-search-solver.png", dpi=110)
 
 
 def image_example() -> None:
@@ -74,7 +67,6 @@ def image_example() -> None:
     from matplotlib.figure import Figure
 
     import tnss
-    from benchmarks import REPOSITORY
     from benchmarks.structure_search.problems import shared
 
     tensor = shared("image_a")
@@ -89,5 +81,5 @@ def image_example() -> None:
         axes.imshow(panel.permute(*range(7, -1, -1)).reshape(256, 256).clamp(0, 1), cmap="gray", vmin=0, vmax=1)
         axes.set_title(title, fontsize=9)
         axes.axis("off")
-    figure.savefig(REPOSITORY / "docs" / "structure-search-image.png", dpi=100)
+    figure.savefig(DOCS / "structure-search-image.png", dpi=100)
     print(result.summary())
