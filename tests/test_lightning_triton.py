@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -335,6 +336,28 @@ def test_gpu_offsets_beyond_32_bits() -> None:
     q, k, v = (x[-1:, tail, -1:].double() for x in (q, k, v))
     expected, _ = lightning_torch.forward(q, k, v, decay[-1:].double(), None, None, 1.0)
     assert relative_error(o[-1:, -64:, -1:], expected[:, -64:]) < 5e-3
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_gpu_transformations() -> None:
+    """Autocast, compilation by Inductor, checkpointing and vmap over the kernels."""
+    x = Case(T=100, D=32, E=32).inputs(torch.float32, "cuda")
+    q, k, v, decay = (x[name] for name in ("q", "k", "v", "log_decay"))
+
+    def attention(q: torch.Tensor) -> torch.Tensor:
+        return lightning_attention(q, k, v, decay)[0].sin()
+
+    expected = attention(q)
+    torch.testing.assert_close(torch.compile(attention, fullgraph=True)(q), expected)
+    many = torch.func.vmap(attention)(torch.stack([q, 2 * q]))
+    torch.testing.assert_close(many[1], attention(2 * q), rtol=1e-4, atol=1e-4)
+    q.requires_grad_()
+    gradient = torch.autograd.grad(torch.utils.checkpoint.checkpoint(attention, q, use_reentrant=False).sum(), q)
+    torch.testing.assert_close(gradient, torch.autograd.grad(attention(q).sum(), q))
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        actual, _ = lightning_attention(q, k, v, decay)
+    assert torch.equal(actual, lightning_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), decay)[0])
 
 
 @pytest.mark.gpu
