@@ -439,6 +439,7 @@ class PackedRows(torch.utils.data.Dataset[Batch]):
         """`seed` None keeps documents and rows in their order; `part` is (i, n) for the i-th n-th of each row."""
         self.store, self.sequence_length, self.seed, self.part = store, sequence_length, seed, part
         self.rows_per_epoch = -(-int(store.lengths.sum()) // sequence_length)
+        self._positions = np.arange(sequence_length)
         self._epoch = functools.lru_cache(maxsize=2)(self._lay_out_epoch)
 
     def __len__(self) -> int:
@@ -466,7 +467,7 @@ class PackedRows(torch.utils.data.Dataset[Batch]):
         begin = index * size
         input_ids = np.zeros(size, dtype=np.int64)
         targets = np.full(size, IGNORED, dtype=np.int64)
-        position_ids = np.arange(begin, begin + size)
+        position_ids = self._positions[begin : begin + size].copy()
         first = int(rows[place_in_epoch]) * self.sequence_length
         place = int(np.searchsorted(starts, first, side="right")) - 1
         bounds = []  # where documents begin in the row
@@ -484,7 +485,7 @@ class PackedRows(torch.utils.data.Dataset[Batch]):
                 tokens = self.store.tokens(int(order[place]), wanted[0], wanted[1] + 1)
                 input_ids[here] = tokens[: here.stop - here.start]
                 targets[here.start : here.start + len(tokens) - 1] = tokens[1:]
-                position_ids[here] = np.arange(begun, begun + here.stop - here.start)
+                position_ids[here] = self._positions[begun : begun + here.stop - here.start]
             filled += count
             place += 1
         arrays = {"input_ids": input_ids, "targets": targets, "position_ids": position_ids}

@@ -33,12 +33,14 @@ class TokenStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.index: dict[str, Any] = json.loads((folder / "index.json").read_text())
-        documents = np.load(folder / "documents.npy", mmap_mode="r", allow_pickle=False)
+        # Views as plain arrays: slices of the class memmap take several times as long.
+        documents = np.asarray(np.load(folder / "documents.npy", mmap_mode="r", allow_pickle=False))
         self.lengths, self.text_bytes = documents[:, 0], documents[:, 1]
         self._starts = np.concatenate([[0], np.cumsum(self.lengths)])
         dtype = np.dtype(self.index["dtype"])
         # An empty file cannot be mapped.
-        self._tokens = np.memmap(folder / "tokens.bin", dtype, mode="r") if self.index["tokens"] else np.empty(0, dtype)
+        empty = not self.index["tokens"]
+        self._tokens = np.empty(0, dtype) if empty else np.asarray(np.memmap(folder / "tokens.bin", dtype, mode="r"))
         if len(self._tokens) != self._starts[-1]:
             raise ValueError(f"data: expected {self._starts[-1]} tokens in {folder}, found {len(self._tokens)}")
 

@@ -1,0 +1,1 @@
+"""Training over several GPUs: the operator over a sequence, whole training steps, feeding."""

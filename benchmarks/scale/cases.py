@@ -1,0 +1,250 @@
+"""What is measured; every function yields rows in the first process and nothing in the others."""
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from benchmarks.scale.group import Machine, quantiles, time_together
+from tnl.models import TnlConfig
+from tnl.ops import lightning_attention
+from tnl.ops.context_parallel import lightning_attention_context_parallel
+from tnl.slopes import log_decay
+from tnl.training import parallel
+from tnl.training.config import DataSettings, OptimizerSettings, ParallelSettings, PlanSettings
+from tnl.training.data import PackedRows, RowSampler, make_loader, prepare_corpus
+from tnl.training.flops import flops_per_token, matrix_parameters, peak_flops
+from tnl.training.loop import make_optimizer
+from tnl.training.parallel import Ranks
+from tnl.training.plan import measure, memory
+from tnl.training.tokenizer import TextEncoder, byte_tokenizer
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Training:
+    """One measurement of training steps; `rows` on each GPU, or one row over all of them where `shared`."""
+
+    model: str
+    tokens: int
+    rows: int = 1
+    shared: bool = False
+    recompute: bool = False
+    compile: bool = True
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of all cases."""
+
+    lengths: tuple[int, ...]
+    heads: int
+    width: int
+    training: tuple[Training, ...]
+    context: tuple[Training, ...]
+    overrides: dict[str, Any]
+    runs: int
+    steps: int
+
+
+FULL = Sizes(
+    lengths=(1 << 18, 1 << 19, 1 << 20),
+    heads=16,
+    width=128,
+    training=(Training("385m", 8192, 4), Training("1b", 8192, 2)),
+    context=(
+        Training("1b", 1 << 18, shared=True, recompute=True),
+        Training("1b", 1 << 20, shared=True, recompute=True),
+    ),
+    overrides={},
+    runs=20,
+    steps=8,
+)
+TINY = Sizes(
+    lengths=(512, 1024),
+    heads=2,
+    width=16,
+    training=(Training("tiny", 64, 2, compile=False),),
+    context=(Training("tiny", 128, shared=True, recompute=True, compile=False),),
+    overrides={"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48, "num_hidden_layers": 2},
+    runs=3,
+    steps=2,
+)
+
+
+def operator(machine: Machine, sizes: Sizes) -> Iterator[Row]:
+    """Forward and backward of one sequence over 1, 2, 4, ... GPUs; the decays are those of TNL's middle layer."""
+    dtype = torch.bfloat16 if machine.device.type == "cuda" else torch.float32
+    decay = log_decay("released", 16, sizes.heads, machine.device)[8]
+    for tokens in sizes.lengths:
+        alone: dict[str, float] = {}
+        for count in machine.counts():
+            ranks = machine.first(count)
+            for kind in ("head", "token"):
+                results = []
+                if ranks is not None and tokens % count == 0:
+                    results = _time_operator(machine, ranks, tokens, decay, kind, sizes, dtype)
+                for row in results:
+                    if count == 1:
+                        alone[f"{kind} {row['pass']}"] = row["ms"]
+                    if f"{kind} {row['pass']}" in alone:
+                        row["speedup"] = alone[f"{kind} {row['pass']}"] / row["ms"]
+                    if machine.rank == 0:
+                        yield {"case": "operator", "gpus": count, "T": tokens, "decay": kind} | row
+                machine.wait()
+
+
+def _time_operator(
+    machine: Machine, ranks: Ranks, tokens: int, decay: Tensor, kind: str, sizes: Sizes, dtype: torch.dtype
+) -> list[Row]:
+    """Both passes, and the same number of tokens without any exchange."""
+    shape = (1, tokens // ranks.size, sizes.heads, sizes.width)
+    q, k, v, do = (torch.randn(shape, device=machine.device, dtype=dtype) for _ in range(4))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    rate = decay if kind == "head" else (decay * torch.rand(shape[:-1], device=machine.device)).requires_grad_()
+    if kind == "token":
+        leaves.append(rate)
+    group = None if ranks.mesh is None else ranks.mesh.get_group()
+    shared = partial(lightning_attention_context_parallel, group=group) if group is not None else lightning_attention
+    rows = []
+    for name, call in (("", shared), (", own tokens alone", lightning_attention)):
+        if name and ranks.mesh is None:
+            continue
+        with torch.no_grad():
+            forward = time_together(machine, ranks, partial(call, q, k, v, rate), sizes.runs, 3)
+
+        def both(call: Callable[..., Any] = call) -> None:
+            torch.autograd.grad(call(q, k, v, rate)[0], leaves, do)
+
+        both_ways = time_together(machine, ranks, both, sizes.runs, 3)
+        about = {"heads": sizes.heads, "D": sizes.width, "dtype": str(dtype).removeprefix("torch.")}
+        rows += [{"pass": f"forward{name}"} | about | quantiles(forward)]
+        rows += [{"pass": f"forward and backward{name}"} | about | quantiles(both_ways)]
+    return rows
+
+
+def training(machine: Machine, sizes: Sizes) -> Iterator[Row]:
+    """Tokens a second with FSDP2; each GPU has rows of its own."""
+    yield from _train_all(machine, sizes, sizes.training, "training")
+
+
+def context(machine: Machine, sizes: Sizes) -> Iterator[Row]:
+    """Tokens a second on one row over 1, 2, 4, ... GPUs, FSDP2 and context parallel together."""
+    yield from _train_all(machine, sizes, sizes.context, "context")
+
+
+def _train_all(machine: Machine, sizes: Sizes, cases: tuple[Training, ...], name: str) -> Iterator[Row]:
+    for case in cases:
+        alone = 0.0
+        for count in machine.counts():
+            ranks = machine.first(count, case.shared)
+            row = None
+            if ranks is not None:
+                try:
+                    row = _train(machine, ranks, case, sizes)
+                except torch.OutOfMemoryError:
+                    row = {"error": "out of memory"}
+                torch._dynamo.reset()
+                if machine.device.type == "cuda":
+                    torch.cuda.empty_cache()
+            machine.wait()
+            if row is not None and machine.rank == 0:
+                about = {"case": name, "gpus": count, "model": case.model, "T": case.tokens, "rows": case.rows}
+                if "tokens_per_second" in row:
+                    alone = alone or (row["tokens_per_second"] if count == 1 else 0.0)
+                    row |= {"speedup": row["tokens_per_second"] / alone} if alone else {}
+                yield about | {"recompute": case.recompute, "compile": case.compile} | row
+
+
+def _train(machine: Machine, ranks: Ranks, case: Training, sizes: Sizes) -> Row:
+    """Steps of AdamW on random tokens, laid out as `tnl train` does."""
+    config = TnlConfig.from_preset(case.model, **sizes.overrides)
+    torch.manual_seed(0)
+    with torch.device(machine.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+    parameters, matrices = sum(p.numel() for p in model.parameters()), matrix_parameters(model)
+    precision = "bfloat16" if machine.device.type == "cuda" else "float32"
+    settings = ParallelSettings(precision, case.compile, case.recompute)  # type: ignore[arg-type]
+    parallel.lay_out(model, settings, ranks)
+    optimizer = make_optimizer(model, OptimizerSettings())
+    index, parts = ranks.context
+    here = case.tokens // parts
+    tokens = torch.randint(0, config.vocab_size, (case.rows, here + 1), device=machine.device)
+    inputs = {"input_ids": tokens[:, :-1], "shift_labels": tokens[:, 1:]}
+    inputs["position_ids"] = torch.arange(index * here, (index + 1) * here, device=machine.device)[None]
+    step_tokens = case.rows * here * ranks.size
+
+    def step() -> None:
+        with parallel.autocast(settings, ranks):
+            loss = model(**inputs, num_items_in_batch=torch.tensor(step_tokens, device=machine.device), use_cache=False)
+        (loss.loss * ranks.size).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    if machine.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = time_together(machine, ranks, step, sizes.steps, 3)
+    rate = 1e3 * step_tokens / quantiles(seconds)["ms"]
+    row: Row = {"parameters": parameters, "tokens_per_second": rate} | quantiles(seconds)
+    flops = flops_per_token(matrices, config, case.tokens) * rate / ranks.size
+    row["model_tflops"] = flops / 1e12
+    if machine.device.type == "cuda":
+        row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        plan = PlanSettings(
+            case.model, [ranks.size], sequence_length=case.tokens, micro_batch_size=case.rows,
+            context=parts, activation_checkpointing=case.recompute,
+        )  # fmt: skip
+        row["planned_gib"] = sum(memory(plan, config, measure(config), ranks.size).values()) / 2**30
+        peak = peak_flops(torch.cuda.get_device_name())
+        if peak is not None:
+            row["model_flops_use"] = flops / peak
+            row["hardware_flops_use"] = flops / peak * (4 / 3 if case.recompute else 1.0)
+    return row
+
+
+def feeding(machine: Machine, sizes: Sizes) -> Iterator[Row]:
+    """Time to feed a process, rows of short documents; as a share of a step at 200,000 tokens a second."""
+    if machine.rank:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        generator = torch.Generator().manual_seed(0)
+        lengths = (torch.empty(20000).exponential_(1 / 700, generator=generator) + 1).int().tolist()
+        source = Path(folder) / "documents.jsonl"
+        source.write_text("\n".join(json.dumps({"text": "x" * n}) for n in lengths))
+        encoder = TextEncoder(byte_tokenizer())
+        store = prepare_corpus(DataSettings(str(source)), encoder, Path(folder) / "data", 0).train
+        for tokens in (2048, 8192, 1 << 17):
+            for workers in (0, 2):
+                rows = max(1, 32768 // tokens)
+                loader = make_loader(PackedRows(store, tokens, seed=0), RowSampler(rows, 0, 1), workers)
+                batches = iter(loader)
+                next(batches)
+                seconds = []
+                for _ in range(4 * sizes.runs):
+                    if workers:
+                        time.sleep(rows * tokens / 200_000)  # the step, during which the workers read on
+                    begin = time.perf_counter()
+                    next(batches)
+                    seconds.append(time.perf_counter() - begin)
+                share = quantiles(seconds)["ms"] / 1e3 / (rows * tokens / 200_000)
+                yield {"case": "feeding", "T": tokens, "rows": rows, "workers": workers} | quantiles(seconds) | {
+                    "share_of_step": share
+                }  # fmt: skip
+
+
+CASES: dict[str, Callable[[Machine, Sizes], Iterator[Row]]] = {
+    "operator": operator,
+    "training": training,
+    "context": context,
+    "feeding": feeding,
+}
