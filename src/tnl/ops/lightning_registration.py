@@ -142,7 +142,7 @@ def _decay_gradient(
     to which the final state adds its own term at the last token; a log decay's gradient is the sum of the dL from its
     token to the end of the sequence. Summed in float64, since packed sequences are cut out of one running sum.
     """
-    sums = difference.double().flip(1).cumsum(1).flip(1)
+    sums = difference.mT.double().flip(-1).cumsum(-1).flip(-1).mT  # fast where the tokens lie side by side
     if cu_seqlens is None:
         if final_term is not None:
             sums = sums + final_term.double()[:, None]

@@ -203,7 +203,7 @@ def _pass_on(SLOT, mask, state, FLAG, index):
 @triton.jit
 def _walk(
     X, Y, Z, OUT, DIFFERENCE, AGAINST, LOG_DECAY, INITIAL, FINAL, FLAG,
-    batch, x_head, y_head, x_stride, y_stride, z_stride, out_stride, against_stride, decay_stride, difference_stride,
+    batch, x_head, y_head, x_stride, y_stride, z_stride, out_stride, against_stride, decay_stride,
     state_row, state_column, rate, scale,
     begin, end, index, is_last, segment, lead, K, C, column_block,
     REVERSE: tl.constexpr, DECAY: tl.constexpr, HAS_INITIAL: tl.constexpr, STORE_FINAL: tl.constexpr,
@@ -289,7 +289,7 @@ def _walk(
             against = _tile(against_tokens, batch, x_head, begin, at, column, BLOCK_T, BLOCK_C, PACKED)
             token = (begin + at).to(tl.int64) + rows
             difference = tl.sum(out * against.to(tl.float32), 1)
-            tl.store(DIFFERENCE + token * difference_stride, difference, at + rows < length)
+            tl.store(DIFFERENCE + token, difference, at + rows < length)
 
     if SPLIT:
         if leads & (not is_last):
@@ -387,7 +387,7 @@ def _forward_kernel(
         Q, K, V, OUT + (batch * T * Hq + head) * E, OUT, OUT,
         LOG_DECAY + batch * T * Hq + head, INITIAL + chain * D * E, FINAL + chain * D * E,
         FLAGS + 1 + chain * blocks + column_block,
-        sequence, head, key_head, q_token, k_token, v_token, Hq * E, k_token, Hq, 0,
+        sequence, head, key_head, q_token, k_token, v_token, Hq * E, k_token, Hq,
         1 if TRANSPOSED else E, D if TRANSPOSED else 1, rate, scale,
         begin, end, index, is_last, segment, lead, D, E, column_block,
         False, DECAY, HAS_INITIAL, STORE_FINAL, PACKED, SPLIT, False, BLOCK_T, BLOCK_D, BLOCK_C, PRECISION,
@@ -444,14 +444,15 @@ def _backward_kernel(
         K_PART += key_head * k_head
         DO_PART += head * do_head
     LOG_DECAY += token
+    DIFFERENCE += (sequence.to(tl.int64) * (0 if PACKED else 1) * Hq + head) * T
     FLAGS += 1 + chain * blocks + column_block
     row = 1 if TRANSPOSED else E
     column = D if TRANSPOSED else 1
     if column_block < d_blocks:
         _walk(
-            V, DO, Q_PART, DK + token * D, DIFFERENCE + token + (column_block + d_blocks) * difference_block, K_PART,
+            V, DO, Q_PART, DK + token * D, DIFFERENCE + (column_block + d_blocks) * difference_block, K_PART,
             LOG_DECAY, DFINAL + chain * D * E, DK_STATE + chain * D * E, FLAGS,
-            sequence, key_head, head, v_token, do_token, q_token, Hq * D, k_token, Hq, Hq,
+            sequence, key_head, head, v_token, do_token, q_token, Hq * D, k_token, Hq,
             column, row, rate, scale, begin, end, index, is_last, segment, lead, E, D, column_block,
             True, DECAY, HAS_DFINAL, False, PACKED, SPLIT, NEED_DIFFERENCE, BLOCK_T, BLOCK_E, BLOCK_C, PRECISION,
         )  # fmt: skip
@@ -459,16 +460,16 @@ def _backward_kernel(
         _walk(
             K, Q, DO_PART, DV + token * E, DIFFERENCE, K_PART,
             LOG_DECAY, DFINAL + chain * D * E, DINITIAL + chain * D * E, FLAGS,
-            sequence, key_head, head, k_token, q_token, do_token, Hq * E, k_token, Hq, Hq,
+            sequence, key_head, head, k_token, q_token, do_token, Hq * E, k_token, Hq,
             row, column, rate, scale, begin, end, index, is_last, segment, lead, D, E, column_block - d_blocks,
             True, DECAY, HAS_DFINAL, HAS_INITIAL, PACKED, SPLIT, False, BLOCK_T, BLOCK_D, BLOCK_C, PRECISION,
         )  # fmt: skip
     if column_block >= d_blocks + e_blocks:
         column_block -= d_blocks + e_blocks
         _walk(
-            DO, V, K_PART, DQ + token * D, DIFFERENCE + token + column_block * difference_block, Q_PART,
+            DO, V, K_PART, DQ + token * D, DIFFERENCE + column_block * difference_block, Q_PART,
             LOG_DECAY, INITIAL + chain * D * E, DQ_STATE + chain * D * E, FLAGS,
-            sequence, head, key_head, do_token, v_token, k_token, Hq * D, q_token, Hq, Hq,
+            sequence, head, key_head, do_token, v_token, k_token, Hq * D, q_token, Hq,
             column, row, rate, scale, begin, end, index, is_last, segment, lead, E, D, column_block,
             False, DECAY, HAS_INITIAL, False, PACKED, SPLIT, NEED_DIFFERENCE, BLOCK_T, BLOCK_E, BLOCK_C, PRECISION,
         )  # fmt: skip
@@ -731,7 +732,7 @@ def backward(
     if cut.packed:
         triton.set_allocator(_scratch)
     if need_decay:
-        difference = torch.empty(2, d_blocks, batch, tokens, heads, dtype=torch.float32, device=q.device)
+        difference = torch.empty(2, d_blocks, batch, heads, tokens, dtype=torch.float32, device=q.device)
     initial_state, dfinal_state = (x if x is None else x.contiguous() for x in (initial_state, dfinal_state))
     block_d, block_e, block_c = _padded(D), _padded(E), tiles.columns
     widths = ((q, block_d), (k, block_d), (v, block_e), (do, block_e), (q, block_c), (k, block_c), (do, block_c))
@@ -757,7 +758,7 @@ def backward(
     if kv_heads != heads:
         dk, dv = (x.unflatten(2, (kv_heads, -1)).sum(3) for x in (dk, dv))
     if difference is not None:
-        difference = difference[0].sum(0) - difference[1].sum(0)
+        difference = (difference[0].sum(0) - difference[1].sum(0)).mT
     return dq, dk, dv, states[2] if initial_state is not None else None, difference
 
 
