@@ -126,8 +126,8 @@ def test_kernel_that_sums_up_a_state(
     monkeypatch.setattr(context_parallel_triton, "MOST_SEGMENTS", 3)
     inputs = Case(B=1, T=150, Hq=2, H=1, D=20, E=36, decay=decay).inputs(torch.float32)
     log_decay = inputs["log_decay"]
-    if decay == "head":
-        log_decay[0] = -3.0
+    if decay != "none":
+        log_decay[..., 0] = -3.0
     weight, total = _log_weights(log_decay, slice(0, 150), before, inputs["q"])
     assert total.shape == (1, 2)
     for y, z in (("k", "v"), ("q", "do")):

@@ -31,13 +31,14 @@ def _sum_kernel(
     columns = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     Y += batch * y_batch + (head // y_group) * y_head + inner[None, :]
     Z += batch * z_batch + (head // z_group) * z_head + columns[None, :]
-    first, rate = begin, 0.0
+    rate = 0.0
     if PER_TOKEN:
         LOG_WEIGHT += batch * T * Hq + head
+        largest = tl.load(LOG_WEIGHT + (begin if BEFORE else end - 1).to(tl.int64) * Hq)
     else:
         rate = tl.load(LOG_WEIGHT + head)
-        nearest = begin + 1 if BEFORE else T - end
-        first = tl.where(rate * nearest < none, end, begin)  # no token of this segment has a weight above 0
+        largest = rate * (begin + 1 if BEFORE else T - end)
+    first = tl.where(largest < none, end, begin)  # where no token of this segment has a weight above 0
     state = tl.zeros([BLOCK_K, BLOCK_M], tl.float32)
     for at in range(first, end, BLOCK_T):
         token = at + tl.arange(0, BLOCK_T)
