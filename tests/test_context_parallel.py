@@ -1,4 +1,4 @@
-"""One sequence over several processes equals the same sequence on one. Tier T2; the kernel T1."""
+"""One sequence over several processes equals the same sequence on one. Tier T2; the kernel T1; marked gpu T3."""
 
 import os
 from dataclasses import replace
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.numerics import Case, relative_error
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, run_torchrun
 from tnl.ops import context_parallel, lightning_attention
 from tnl.ops.context_parallel import _log_weights, _sum_up, lightning_attention_context_parallel
 
@@ -227,3 +227,55 @@ def test_without_a_process_group() -> None:
     x = PLAIN.inputs(torch.float32)
     with pytest.raises(ValueError, match="group: expected a process group"):
         lightning_attention_context_parallel(x["q"], x["k"], x["v"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("decay", DECAYS)
+def test_kernel_that_sums_up_a_state_on_a_gpu(decay: str, dtype: torch.dtype) -> None:
+    """Against float64, as close as the product of the same rounded operands by PyTorch."""
+    case = Case(B=2, T=9001, Hq=4, H=2, D=256, E=128, decay=decay)
+    inputs = case.inputs(dtype, "cuda")
+    for before in (False, True):
+        weight, _ = _log_weights(inputs["log_decay"], slice(0, case.T), before, inputs["q"])
+        arguments = (weight.double(), before, case.Hq, "torch")
+        expected = _sum_up(inputs["k"].double(), inputs["v"].double(), *arguments)
+        actual = _sum_up(inputs["k"], inputs["v"], weight, before, case.Hq, "triton")
+        assert relative_error(actual, expected) < 2 * torch.finfo(dtype).eps + 1e-6
+        again = _sum_up(inputs["k"], inputs["v"], weight, before, case.Hq, "triton")
+        assert torch.equal(actual, again)
+
+
+def compare_on_gpus() -> None:
+    """bfloat16 over the GPUs against the same on one: as close as eager maths, three times for gradients."""
+    for decay in DECAYS:
+        for bounds in (None, (0, 700, 3000, 4096)):
+            case = Case(B=1, T=4096, Hq=4, H=4, D=128, E=128, decay=decay, bounds=bounds, scale=1.0)
+            inputs = case.inputs(torch.bfloat16, "cuda")
+            reference = whole(case, {n: _widen(x) for n, x in inputs.items()}, False)
+            single = _call(case, inputs, False, lightning_attention, "triton")
+            cuts = even(4096)
+            some = slice(cuts[dist.get_rank()], cuts[dist.get_rank() + 1])
+            sliced = {"q", "k", "v", "do"} | ({"log_decay"} if decay == "token" else set())
+            part = {n: x[:, some] if n in sliced else x for n, x in inputs.items()}
+            actual = _call(case, part, False, lightning_attention_context_parallel, "triton")
+            for name in ("o", "dq", "dk", "dv"):
+                error = relative_error(actual[name], reference[name][:, some])
+                allowed = max(relative_error(single[name][:, some], reference[name][:, some]), 2**-9)
+                assert error <= (3 if name.startswith("d") else 2) * allowed, f"{name}: {error:.2e}, {allowed:.2e}"
+
+
+def on_gpus() -> None:
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.cuda.set_device(rank)
+    dist.init_process_group("cpu:gloo,cuda:nccl", rank=rank, world_size=ranks)
+    try:
+        compare_on_gpus()
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_equal_one() -> None:
+    run_torchrun(2, on_gpus)

@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import lzma
+import resource
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.ranks import run_ranks
 from tnl.training.config import DataSettings, TokenizerSettings
 from tnl.training.data import (
     IGNORED,
@@ -52,7 +54,9 @@ def write_corpus(folder: Path, count: int = 20) -> Path:
 
 
 def store_of(folder: Path, encoder: TextEncoder, corpus: Path) -> TokenStore:
-    return prepare_corpus(DataSettings(train=str(corpus), held_out_fraction=0.0), encoder, folder, seed=0).train
+    store = prepare_corpus(DataSettings(train=str(corpus), held_out_fraction=0.0), encoder, folder, seed=0).train
+    assert isinstance(store, TokenStore)
+    return store
 
 
 def test_files_plain_and_compressed_in_folders_and_globs(tmp_path: Path) -> None:
@@ -252,20 +256,24 @@ def test_loader_goes_on_after_any_batch(tmp_path: Path, encoder: TextEncoder, wo
     assert inputs(itertools.islice(make_loader(rows, by_position, 0), 4)) == expected
 
 
-def test_long_and_many_documents_in_bounded_memory(tmp_path: Path, encoder: TextEncoder) -> None:
-    """One document of ten million tokens, and a hundred thousand of one byte."""
-    (tmp_path / "long.txt").write_bytes(b"abcdefgh" * 1_250_000)
-    (tmp_path / "many.txt").write_bytes(b"x\n" * 100_000)
-    data = DataSettings(train=[str(tmp_path / "many.txt"), str(tmp_path / "long.txt")], separator="\n")
-    store = prepare_corpus(data, encoder, tmp_path / "data", seed=0).train
-    assert (
-        store.index["text_bytes"]
-        + prepare_corpus(data, encoder, tmp_path / "data", seed=0).held_out.index[  # type: ignore[union-attr]
-            "text_bytes"
-        ]
-        == 10_100_000
-    )
+def long_and_many_documents(folder: Path) -> None:
+    """One document of ten million tokens, and a million of one byte."""
+    (folder / "long.txt").write_bytes(b"abcdefgh" * 1_250_000)
+    (folder / "many.txt").write_bytes(b"x\n" * 1_000_000)
+    data = DataSettings(train=[str(folder / "many.txt"), str(folder / "long.txt")], separator="\n")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    corpus = prepare_corpus(data, TextEncoder(byte_tokenizer()), folder / "data", seed=0)
+    store = corpus.train
+    assert corpus.held_out is not None
+    assert store.index["text_bytes"] + corpus.held_out.index["text_bytes"] == 11_000_000
     rows = PackedRows(store, 2048, seed=0)
     assert len(rows) == -(-store.index["tokens"] // 2048)
     predicted = sum(int((rows[i]["targets"] != IGNORED).sum()) for i in np.linspace(0, len(rows) - 1, 20, dtype=int))
     assert predicted > 20 * 2048 * 0.6
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert grown < 250, f"{grown:.0f} MiB more"
+
+
+@pytest.mark.slow
+def test_long_and_many_documents_in_bounded_memory(tmp_path: Path) -> None:
+    run_ranks(1, long_and_many_documents, tmp_path)  # in a process of its own, whose memory is its own

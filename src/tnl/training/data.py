@@ -199,14 +199,14 @@ def read_rows(rows: Iterable[dict[str, Any]], source: str, column: str) -> Itera
 # ---------------------------------------------------------------------------------------------------- tokens
 
 
-def batched(documents: Iterable[Document], most_bytes: int = 4 << 20) -> Iterator[list[Document]]:
+def batched(documents: Iterable[Document], most_bytes: int = 4 << 20, most: int = 10_000) -> Iterator[list[Document]]:
     """Groups of documents of about `most_bytes`, so that a tokenizer can work on several at once."""
     batch: list[Document] = []
     size = 0
     for document in documents:
         batch.append(document)
         size += len(document.content)
-        if size >= most_bytes:
+        if size >= most_bytes or len(batch) >= most:
             yield batch
             batch, size = [], 0
     if batch:
@@ -405,11 +405,11 @@ def _write_split(
     skipped: Counter[str] = Counter()
     train = TokenWriter(folder / "train", encoder)
     held_out = TokenWriter(folder / "held_out", encoder) if not settings.held_out else None
-    draws: list[float] = []
+    seen, lowest = 0, 1.0
     for batch in batched(read_documents(as_list(settings.train), settings.separator, settings.column, skipped)):
-        for document in batch:
-            draws.append(held_out_draw(seed, len(draws), document.name))
-        chosen = [draw < fraction for draw in draws[-len(batch) :]]
+        draws = [held_out_draw(seed, number, document.name) for number, document in enumerate(batch, start=seen)]
+        seen, lowest = seen + len(batch), min(lowest, *draws)
+        chosen = [draw < fraction for draw in draws]
         train.write([d for d, held in zip(batch, chosen, strict=True) if not held])
         if held_out is not None:
             held_out.write([d for d, held in zip(batch, chosen, strict=True) if held])
@@ -418,7 +418,7 @@ def _write_split(
     train.close()
     if held_out is not None:
         held_out.close()
-    return skipped, min(draws) if len(draws) > 1 else 0.0
+    return skipped, lowest if seen > 1 else 0.0
 
 
 # ---------------------------------------------------------------------------------------------------- rows

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,25 +74,26 @@ class TokenWriter:
         self._folder, self._encoder = folder, encoder
         self._tokens = (folder / "tokens.bin").open("wb")
         self._names = (folder / "names.jsonl").open("w")
-        self._documents: list[tuple[int, int]] = []
+        self._documents = array("q")  # tokens and bytes of each, in turn
         self._digest = hashlib.sha256()
 
     def __len__(self) -> int:
-        return len(self._documents)
+        return len(self._documents) // 2
 
     def write(self, batch: list[Document]) -> None:
         """Encode documents and append them."""
-        for document, tokens in zip(batch, self._encoder.encode([d.content for d in batch]), strict=True):
-            content = document.content
-            self._documents.append((len(tokens), len(content.encode() if isinstance(content, str) else content)))
-            self._names.write(json.dumps(document.name) + "\n")
-            raw = tokens.tobytes()
-            self._digest.update(raw)
-            self._tokens.write(raw)
+        encoded = self._encoder.encode([document.content for document in batch])
+        for (_, content), tokens in zip(batch, encoded, strict=True):
+            self._documents.append(len(tokens))
+            self._documents.append(len(content.encode() if isinstance(content, str) else content))
+        self._names.writelines(json.dumps(document.name) + "\n" for document in batch)
+        raw = b"".join(tokens.tobytes() for tokens in encoded)
+        self._digest.update(raw)
+        self._tokens.write(raw)
 
     def close(self) -> None:
         """Finish the folder."""
-        documents = np.array(self._documents, dtype=np.int64).reshape(-1, 2)
+        documents = np.frombuffer(self._documents, dtype=np.int64).reshape(-1, 2)
         self._digest.update(documents.tobytes())
         np.save(self._folder / "documents.npy", documents, allow_pickle=False)
         for file in (self._tokens, self._names):
