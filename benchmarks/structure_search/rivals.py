@@ -1,8 +1,9 @@
 """Solvers and methods of others, written anew from their papers, to compare with."""
 
-import time
+import itertools
 from dataclasses import dataclass
 
+import numpy as np
 import opt_einsum
 import torch
 
@@ -44,13 +45,13 @@ class SVDinsTN:
     """SVDinsTN (arXiv 2305.14912): one regularised fit on the complete graph with a diagonal factor on each edge.
 
     ``min ||X - TN(G; S)||^2 + mu sum ||G||^2 + gamma sum |S|_1`` by proximal alternating minimisation: closed form
-    for each ``G`` (eq. 8), a soft-thresholded gradient step for each ``S`` (eq. 11). Edges whose factors vanish go;
+    for each ``G`` (eq. 8), soft-thresholded gradient steps for each ``S`` (eq. 11). Edges whose factors vanish go;
     the rank of the others is the number of factors left. The structure is then fitted like any other.
 
     Args:
         gamma: weight of the diagonal factors relative to ``||X||``.
         mu: weight of the cores.
-        iterations: rounds over all factors.
+        iterations: most rounds over all factors; fewer where a round moves the cores by less than 1e-5.
         max_rank: rank of each edge at the start.
     """
 
@@ -59,79 +60,77 @@ class SVDinsTN:
     iterations: int = 150
     max_rank: int = 3
 
-    def structure(self, tensor: torch.Tensor, seed: int) -> tuple[Structure, float]:
-        """The structure that is left, and the seconds it took."""
-        began = time.perf_counter()
-        order = tensor.ndim
-        data = (tensor / tensor.norm())[None]
-        edges = tuple((u, v) for u in range(order) for v in range(u + 1, order))
-        sizes = tuple(tensor.shape)
-        ranks = tuple(min(self.max_rank, sizes[u], sizes[v]) for u, v in edges)
-        plan = Plan(Template(sizes, edges), ranks)
-        generator = torch.Generator().manual_seed(seed)
-        cores = [torch.rand(1, *shape, generator=generator, dtype=torch.float64) for shape in plan.shapes]
-        for v, core in enumerate(cores):
-            cores[v] = core / core.norm()
-        factors = [torch.rand(rank, generator=generator, dtype=torch.float64) for rank in ranks]
-        for _ in range(self.iterations):
+    def structure(self, tensor: torch.Tensor, seed: int) -> Structure:
+        """The structure that is left."""
+        data = (tensor / tensor.norm()).numpy()
+        edges = tuple(itertools.combinations(range(data.ndim), 2))
+        template = Template(data.shape, edges)
+        plan = Plan(template, tuple(min(self.max_rank, data.shape[u], data.shape[v]) for u, v in edges))
+        generator = np.random.default_rng(seed)
+        factors = [generator.random(rank) for rank in plan.ranks]
+        cores = [generator.standard_normal((1, *shape)) for shape in plan.shapes]
+        scale = np.linalg.norm(plan.dense(cores)) ** (-1.0 / len(cores))  # the network begins as large as the tensor
+        cores = [scale * core for core in cores]
+        for iteration in range(self.iterations):
+            before = [core.copy() for core in cores]
             for v in plan.positions:
-                self._update_core(plan, v, data, cores, factors)
-            for e in range(len(edges)):
-                factors[e] = self._updated_factor(plan, e, data, cores, factors)
-        kept = [int((factor.abs() > 1e-3 * max(float(f.abs().max()) for f in factors)).sum()) for factor in factors]
-        found = Structure(sizes, [(u, v, max(1, rank)) for (u, v), rank in zip(edges, kept, strict=True)])
-        return found, time.perf_counter() - began
+                self._update(plan, v, data, cores, factors)
+            moved = sum(float(np.square(a - b).sum()) for a, b in zip(cores, before, strict=True))
+            if moved < 1e-10 * sum(float(np.square(core).sum()) for core in cores):
+                break
+            if iteration % 5 == 4:
+                plan = _pruned(template, cores, factors)
+        kept = [int((np.abs(factor) > 1e-3 * np.abs(factor).max()).sum()) for factor in factors]
+        return Structure(data.shape, [(u, v, rank) for (u, v), rank in zip(edges, kept, strict=True)])
 
-    def _scaled(
-        self, plan: Plan, cores: list[torch.Tensor], factors: list[torch.Tensor], skip: int | None = None
-    ) -> list[torch.Tensor]:
-        """Cores with the factor of each edge multiplied into its first end (``skip``: but not this edge)."""
-        scaled = list(cores)
-        for e, (u, _) in enumerate(plan.template.edges):
-            if e != skip:
-                axis = 1 + plan.template.incident[u].index(e)
-                shape = [1] * scaled[u].ndim
-                shape[axis] = -1
-                scaled[u] = scaled[u] * factors[e].reshape(shape)
-        return scaled
+    def _update(self, plan: Plan, v: int, data: np.ndarray, cores: list[np.ndarray], factors: list[np.ndarray]) -> None:
+        """Update the core at a vertex, then the factors of the edges to later vertices, in place.
 
-    def _update_core(
-        self, plan: Plan, v: int, data: torch.Tensor, cores: list[torch.Tensor], factors: list[torch.Tensor]
-    ) -> None:
-        scaled = self._scaled(plan, cores, factors)
-        matrix = plan.explicit[v]([scaled[u] for u in plan.positions if u != v]).reshape(plan.rows[v], -1)
-        own = torch.ones(cores[v].shape[1:-1], dtype=torch.float64)
-        for axis, e in enumerate(plan.template.incident[v]):
-            if plan.template.edges[e][0] == v:
-                shape = [1] * own.ndim
-                shape[axis] = -1
-                own = own * factors[e].reshape(shape)
-        matrix = own.reshape(-1, 1) * matrix
-        unfolded = data[0].movedim(v, -1).reshape(matrix.shape[1], -1)
+        The factor of an edge counts to its first end, so that one contraction of the others serves them all.
+        """
+        first = [[e for e in plan.template.incident[u] if plan.template.edges[e][0] == u] for u in plan.positions]
+        others = [cores[u] * _diagonal(plan, u, {e: factors[e] for e in first[u]}) for u in plan.positions if u != v]
+        matrix = plan.explicit[v](others).reshape(plan.rows[v], -1)
+        unfolded = np.moveaxis(data, v, -1).reshape(matrix.shape[1], -1)
+        scaled = _diagonal(plan, v, {e: factors[e] for e in first[v]}).reshape(-1, 1) * matrix
         proximal = 1e-3
-        gram = matrix @ matrix.T + (self.mu + proximal) * torch.eye(plan.rows[v], dtype=torch.float64)
-        right = matrix @ unfolded + proximal * cores[v].reshape(plan.rows[v], -1)
-        cores[v] = torch.linalg.solve(gram, right).reshape(cores[v].shape)
+        gram = scaled @ scaled.T + (self.mu + proximal) * np.eye(plan.rows[v])
+        flat = np.linalg.solve(gram, scaled @ unfolded + proximal * cores[v].reshape(plan.rows[v], -1))
+        cores[v] = flat.reshape(cores[v].shape)
+        for e in first[v]:
+            rest = cores[v] * _diagonal(plan, v, {other: factors[other] for other in first[v] if other != e})
+            axis = 1 + plan.template.incident[v].index(e)
+            parts = np.moveaxis(rest, axis, 0).reshape(len(factors[e]), -1, data.shape[v])
+            rows = np.moveaxis(matrix.reshape(*rest.shape[1:-1], -1), axis - 1, 0).reshape(*parts.shape[:2], -1)
+            basis = (rows.swapaxes(1, 2) @ parts).reshape(len(parts), -1)
+            factors[e] = self._factor(basis @ basis.T, basis @ unfolded.ravel(), factors[e])
 
-    def _updated_factor(
-        self, plan: Plan, e: int, data: torch.Tensor, cores: list[torch.Tensor], factors: list[torch.Tensor]
-    ) -> torch.Tensor:
-        u, v = plan.template.edges[e]
-        scaled = self._scaled(plan, cores, factors, skip=e)
-        atoms = []
-        for index in range(len(factors[e])):
-            sliced = list(scaled)
-            for end in (u, v):
-                axis = 1 + plan.template.incident[end].index(e)
-                keep = torch.zeros_like(sliced[end])
-                keep.narrow(axis, index, 1).copy_(sliced[end].narrow(axis, index, 1))
-                sliced[end] = keep
-            atoms.append(plan.dense(sliced).flatten())
-        basis = torch.stack(atoms)
-        gram, right = basis @ basis.T, basis @ data.flatten()
-        step = 1.0 / float(torch.linalg.matrix_norm(gram, 2) + 1e-9)
-        factor = factors[e]
+    def _factor(self, gram: np.ndarray, right: np.ndarray, factor: np.ndarray) -> np.ndarray:
+        """Proximal gradient steps; the largest entry is not thresholded, as an edge without one is a zero tensor."""
+        step = 1.0 / float(np.linalg.norm(gram, 2) + 1e-9)
         for _ in range(10):
             moved = factor - step * (gram @ factor - right)
-            factor = moved.sign() * (moved.abs() - step * self.gamma).clamp_min(0.0)
+            factor = np.sign(moved) * (np.abs(moved) - step * self.gamma).clip(0.0)
+            largest = int(np.abs(moved).argmax())
+            factor[largest] = moved[largest]
         return factor
+
+
+def _pruned(template: Template, cores: list[np.ndarray], factors: list[np.ndarray]) -> Plan:
+    """Take out what vanished, in place; the plan of what is left."""
+    for e, factor in enumerate(factors):
+        keep = np.flatnonzero(factor)
+        factors[e] = factor[keep]
+        for v in template.edges[e]:
+            cores[v] = cores[v].take(keep, axis=1 + template.incident[v].index(e))
+    return Plan(template, tuple(len(factor) for factor in factors))
+
+
+def _diagonal(plan: Plan, v: int, factors: dict[int, np.ndarray]) -> np.ndarray:
+    """Product of factors on the axes of a core, to multiply it with: [1, ranks..., 1]."""
+    product = np.ones((1, *plan.shapes[v][:-1], 1))
+    for e, factor in factors.items():
+        shape = [1] * product.ndim
+        shape[1 + plan.template.incident[v].index(e)] = -1
+        product = product * factor.reshape(shape)
+    return product
