@@ -105,6 +105,7 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+RAGGED: tl.constexpr = tl.constexpr(2**30)
 FADED: tl.constexpr = tl.constexpr(120.0)  # exp(-120) is 0 in float32, even times 1e6
 
 
@@ -151,27 +152,17 @@ def _mask(total, scale, rows, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def _tokens(BASE, begin, end, stride, width, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr, PACKED: tl.constexpr):
-    """Descriptor of tokens; what a tile reads beyond them or the width is zero.
+def _tile(
+    tokens, batch, head, begin, end, at, column, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr, PACKED: tl.constexpr
+):
+    """Tokens of one head from ``begin + at`` on; zero from ``end`` (or the end of the row) and beyond the width.
 
-    The host's descriptor of a whole tensor ``[B, heads, T, width]`` serves all programs. In a packed row, where another
-    sequence follows, each program makes its own of the tokens ``begin..end`` of its head; that takes it about 1 us.
+    See :func:`_descriptor` for what ``tokens`` is.
     """
-    if not PACKED:
-        return BASE
+    if PACKED:
+        return tokens.load([RAGGED, end, head, RAGGED - (end - begin) + at, column]).reshape(BLOCK_T, BLOCK_W)
     else:  # not behind a return: only one branch may be compiled
-        return tl.make_tensor_descriptor(
-            BASE + begin.to(tl.int64) * stride, [tl.maximum(end - begin, 1), width], [stride, 1], [BLOCK_T, BLOCK_W]
-        )
-
-
-@triton.jit
-def _tile(tokens, batch, head, begin, at, column, BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr, PACKED: tl.constexpr):
-    """Tokens from the ``at``-th behind ``begin`` on, through a descriptor of :func:`_tokens`."""
-    if not PACKED:
         return tokens.load([batch, head, begin + at, column]).reshape(BLOCK_T, BLOCK_W)
-    else:
-        return tokens.load([at, column])
 
 
 @triton.jit
@@ -203,7 +194,7 @@ def _pass_on(SLOT, mask, state, FLAG, index):
 @triton.jit
 def _walk(
     X, Y, Z, OUT, DIFFERENCE, AGAINST, LOG_DECAY, INITIAL, FINAL, FLAG,
-    batch, x_head, y_head, x_stride, y_stride, z_stride, out_stride, against_stride, decay_stride,
+    batch, x_head, y_head, out_stride, decay_stride,
     state_row, state_column, rate, scale,
     begin, end, index, is_last, segment, lead, K, C, column_block,
     REVERSE: tl.constexpr, DECAY: tl.constexpr, HAS_INITIAL: tl.constexpr, STORE_FINAL: tl.constexpr,
@@ -213,8 +204,8 @@ def _walk(
     """One walk over the tokens ``begin..end`` of one head, for ``BLOCK_C`` columns of the state.
 
     ``X``, ``Y``, ``Z`` and ``AGAINST`` are descriptors, of which ``batch``, ``x_head`` (for ``X``, ``AGAINST``) and
-    ``y_head`` (for ``Y``, ``Z``) say the place, or in a packed row pointers. All pointers are at the first token of the
-    row and at this head. ``index`` counts segments along the walk.
+    ``y_head`` (for ``Y``, ``Z``) say the place. Pointers are at the first token of the row and at this head. ``index``
+    counts segments along the walk.
     """
     rows = tl.arange(0, BLOCK_T)
     inner = tl.arange(0, BLOCK_K)
@@ -228,11 +219,6 @@ def _walk(
         if index == 0:
             state = tl.load(INITIAL + state_at, state_mask, 0.0)
 
-    x_tokens = _tokens(X, begin, end, x_stride, K, BLOCK_T, BLOCK_K, PACKED)
-    y_tokens = _tokens(Y, begin, end, y_stride, K, BLOCK_T, BLOCK_K, PACKED)
-    z_tokens = _tokens(Z, begin, end, z_stride, C, BLOCK_T, BLOCK_C, PACKED)
-    if NEED_DIFFERENCE:
-        against_tokens = _tokens(AGAINST, begin, end, against_stride, C, BLOCK_T, BLOCK_C, PACKED)
     length = end - begin
     blocks = tl.cdiv(length, BLOCK_T)
     first = (blocks - 1) * BLOCK_T if REVERSE else 0
@@ -253,8 +239,8 @@ def _walk(
         if sums:
             for block in range(faded, blocks):
                 at = first + block * step
-                y = _tile(y_tokens, batch, y_head, begin, at, 0, BLOCK_T, BLOCK_K, PACKED)
-                z = _tile(z_tokens, batch, y_head, begin, at, column, BLOCK_T, BLOCK_C, PACKED)
+                y = _tile(Y, batch, y_head, begin, end, at, 0, BLOCK_T, BLOCK_K, PACKED)
+                z = _tile(Z, batch, y_head, begin, end, at, column, BLOCK_T, BLOCK_C, PACKED)
                 _, write, last, _ = _weights(
                     LOG_DECAY, rate, at, rows, length - at, decay_stride, scale, DECAY, REVERSE
                 )
@@ -272,9 +258,9 @@ def _walk(
     mask = _mask(rate * rows, scale, rows, REVERSE)
     for block in range(blocks):
         at = first + block * step
-        x = _tile(x_tokens, batch, x_head, begin, at, 0, BLOCK_T, BLOCK_K, PACKED)
-        y = _tile(y_tokens, batch, y_head, begin, at, 0, BLOCK_T, BLOCK_K, PACKED)
-        z = _tile(z_tokens, batch, y_head, begin, at, column, BLOCK_T, BLOCK_C, PACKED)
+        x = _tile(X, batch, x_head, begin, end, at, 0, BLOCK_T, BLOCK_K, PACKED)
+        y = _tile(Y, batch, y_head, begin, end, at, 0, BLOCK_T, BLOCK_K, PACKED)
+        z = _tile(Z, batch, y_head, begin, end, at, column, BLOCK_T, BLOCK_C, PACKED)
         read, write, last, total = _weights(LOG_DECAY, rate, at, rows, length - at, decay_stride, scale, DECAY, REVERSE)
         if DECAY == 2:
             mask = _mask(total, scale, rows, REVERSE)
@@ -286,7 +272,7 @@ def _walk(
         inside = (rows < length - at)[:, None] & (columns < C)[None, :]
         tl.store(OUT + at.to(tl.int64) * out_stride, out.to(OUT.dtype.element_ty), inside)
         if NEED_DIFFERENCE:
-            against = _tile(against_tokens, batch, x_head, begin, at, column, BLOCK_T, BLOCK_C, PACKED)
+            against = _tile(AGAINST, batch, x_head, begin, end, at, column, BLOCK_T, BLOCK_C, PACKED)
             token = (begin + at).to(tl.int64) + rows
             difference = tl.sum(out * against.to(tl.float32), 1)
             tl.store(DIFFERENCE + token, difference, at + rows < length)
@@ -347,14 +333,11 @@ def _locate(
 
 
 RUN_TIME = ["T", "Hq", "group", "sequences", "segment", "lead", "per_sequence", "items", "difference_block"]
-STRIDES = [f"{name}_{dimension}" for name in ("q", "k", "v", "do") for dimension in ("batch", "token", "head")]
 
 
-@triton.jit(do_not_specialize=RUN_TIME + STRIDES)
+@triton.jit(do_not_specialize=RUN_TIME)
 def _forward_kernel(
     Q, K, V, OUT, LOG_DECAY, INITIAL, FINAL, CU_SEQLENS, FLAGS,
-    q_batch: tl.int64, q_token: tl.int64, q_head: tl.int64, k_batch: tl.int64, k_token: tl.int64, k_head: tl.int64,
-    v_batch: tl.int64, v_token: tl.int64, v_head: tl.int64,
     scale, T, Hq, group, sequences, segment, lead, per_sequence, items, D, E,
     TRANSPOSED: tl.constexpr, DECAY: tl.constexpr, HAS_INITIAL: tl.constexpr, STORE_FINAL: tl.constexpr,
     PACKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
@@ -379,27 +362,21 @@ def _forward_kernel(
     rate = 0.0
     if DECAY == 1:
         rate = tl.load(LOG_DECAY + head)
-    if PACKED:
-        Q += head * q_head
-        K += key_head * k_head
-        V += key_head * v_head
     _walk(
         Q, K, V, OUT + (batch * T * Hq + head) * E, OUT, OUT,
         LOG_DECAY + batch * T * Hq + head, INITIAL + chain * D * E, FINAL + chain * D * E,
         FLAGS + 1 + chain * blocks + column_block,
-        sequence, head, key_head, q_token, k_token, v_token, Hq * E, k_token, Hq,
+        sequence, head, key_head, Hq * E, Hq,
         1 if TRANSPOSED else E, D if TRANSPOSED else 1, rate, scale,
         begin, end, index, is_last, segment, lead, D, E, column_block,
         False, DECAY, HAS_INITIAL, STORE_FINAL, PACKED, SPLIT, False, BLOCK_T, BLOCK_D, BLOCK_C, PRECISION,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=RUN_TIME + STRIDES)
+@triton.jit(do_not_specialize=RUN_TIME)
 def _backward_kernel(
     Q, K, V, DO, Q_PART, K_PART, DO_PART, DQ, DK, DV, DIFFERENCE, LOG_DECAY, INITIAL, DFINAL,
     DQ_STATE, DK_STATE, DINITIAL, CU_SEQLENS, FLAGS,
-    q_batch: tl.int64, q_token: tl.int64, q_head: tl.int64, k_batch: tl.int64, k_token: tl.int64, k_head: tl.int64,
-    v_batch: tl.int64, v_token: tl.int64, v_head: tl.int64, do_batch: tl.int64, do_token: tl.int64, do_head: tl.int64,
     scale, T, Hq, group, sequences, segment, lead, per_sequence, items, difference_block, D, E,
     TRANSPOSED: tl.constexpr, DECAY: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_DFINAL: tl.constexpr,
     NEED_DIFFERENCE: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
@@ -435,14 +412,6 @@ def _backward_kernel(
     rate = 0.0
     if DECAY == 1:
         rate = tl.load(LOG_DECAY + head)
-    if PACKED:
-        Q += head * q_head
-        K += key_head * k_head
-        V += key_head * v_head
-        DO += head * do_head
-        Q_PART += head * q_head
-        K_PART += key_head * k_head
-        DO_PART += head * do_head
     LOG_DECAY += token
     DIFFERENCE += (sequence.to(tl.int64) * (0 if PACKED else 1) * Hq + head) * T
     FLAGS += 1 + chain * blocks + column_block
@@ -452,7 +421,7 @@ def _backward_kernel(
         _walk(
             V, DO, Q_PART, DK + token * D, DIFFERENCE + (column_block + d_blocks) * difference_block, K_PART,
             LOG_DECAY, DFINAL + chain * D * E, DK_STATE + chain * D * E, FLAGS,
-            sequence, key_head, head, v_token, do_token, q_token, Hq * D, k_token, Hq,
+            sequence, key_head, head, Hq * D, Hq,
             column, row, rate, scale, begin, end, index, is_last, segment, lead, E, D, column_block,
             True, DECAY, HAS_DFINAL, False, PACKED, SPLIT, NEED_DIFFERENCE, BLOCK_T, BLOCK_E, BLOCK_C, PRECISION,
         )  # fmt: skip
@@ -460,7 +429,7 @@ def _backward_kernel(
         _walk(
             K, Q, DO_PART, DV + token * E, DIFFERENCE, K_PART,
             LOG_DECAY, DFINAL + chain * D * E, DINITIAL + chain * D * E, FLAGS,
-            sequence, key_head, head, k_token, q_token, do_token, Hq * E, k_token, Hq,
+            sequence, key_head, head, Hq * E, Hq,
             row, column, rate, scale, begin, end, index, is_last, segment, lead, D, E, column_block - d_blocks,
             True, DECAY, HAS_DFINAL, HAS_INITIAL, PACKED, SPLIT, False, BLOCK_T, BLOCK_D, BLOCK_C, PRECISION,
         )  # fmt: skip
@@ -469,7 +438,7 @@ def _backward_kernel(
         _walk(
             DO, V, K_PART, DQ + token * D, DIFFERENCE + column_block * difference_block, Q_PART,
             LOG_DECAY, INITIAL + chain * D * E, DQ_STATE + chain * D * E, FLAGS,
-            sequence, head, key_head, do_token, v_token, k_token, Hq * D, q_token, Hq,
+            sequence, head, key_head, Hq * D, Hq,
             column, row, rate, scale, begin, end, index, is_last, segment, lead, E, D, column_block,
             False, DECAY, HAS_INITIAL, False, PACKED, SPLIT, NEED_DIFFERENCE, BLOCK_T, BLOCK_E, BLOCK_C, PRECISION,
         )  # fmt: skip
@@ -605,13 +574,14 @@ def _state_strides(D: int, E: int, transposed: bool) -> tuple[int, int]:
     return (1, D) if transposed else (E, 1)
 
 
-def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Memory for the descriptors that programs make."""
-    return torch.empty(size, dtype=torch.int8, device="cuda")
+def _descriptor(x: Tensor, tokens: int, width: int, packed: bool) -> TensorDescriptor:
+    """Of ``x [B, T, heads, width]``, to be read in tiles of so many tokens of one head.
 
-
-def _descriptor(x: Tensor, tokens: int, width: int) -> TensorDescriptor:
-    """Of ``x [B, T, heads, width]`` as ``[B, heads, T, width]``, to be read in tiles of so many tokens of one head.
+    One of ``[B, heads, T, width]`` serves whole rows: what a tile reads beyond T is zero. In a packed row another
+    sequence follows. There, a token's coordinate counts from so far before the sequence's end that the end is where the
+    descriptor's tokens end, and two more dimensions take the address back to where it belongs, as in Triton's own
+    ``ragged_tma``: ``RAGGED (R - s) + end s + (RAGGED - length + t) s = (begin + t) s`` modulo 2^64, with s the stride
+    of a token and ``RAGGED R`` a multiple of 2^64.
 
     Made without the class's own checks, which take longer than all else and which :func:`_aligned` has answered.
     """
@@ -619,8 +589,14 @@ def _descriptor(x: Tensor, tokens: int, width: int) -> TensorDescriptor:
     batch_stride, token_stride, head_stride, _ = x.stride()
     descriptor = TensorDescriptor.__new__(TensorDescriptor)
     descriptor.base, descriptor.padding = x, "zero"
-    descriptor.shape, descriptor.strides = [B, heads, T, last], [batch_stride, head_stride, token_stride, 1]
-    descriptor.block_shape = [1, 1, tokens, width]
+    if packed:
+        descriptor.shape = [2**31 - 65536, 2**31 - 65536, heads, RAGGED.value, last]
+        descriptor.strides = [2**34 - token_stride, token_stride, head_stride, token_stride, 1]
+        descriptor.block_shape = [1, 1, 1, tokens, width]
+    else:
+        descriptor.shape = [B, heads, T, last]
+        descriptor.strides = [batch_stride, head_stride, token_stride, 1]
+        descriptor.block_shape = [1, 1, tokens, width]
     return descriptor
 
 
@@ -674,18 +650,16 @@ def forward(
         final_state = _new_states(cut.sequences, q, E, transposed)
     if cut.split:
         flags = torch.zeros(1 + cut.sequences * heads * blocks, dtype=torch.int32, device=q.device)
-    if cut.packed:
-        triton.set_allocator(_scratch)
     initial_state = None if initial_state is None else initial_state.contiguous()
     block_d, block_c = _padded(D), tiles.columns
     _launch(
         _forward_kernel, cut.items * heads * blocks,
-        (q, k, v) if cut.packed else tuple(
-            _descriptor(x, tiles.tokens, width) for x, width in ((q, block_d), (k, block_d), (v, block_c))
+        tuple(
+            _descriptor(x, tiles.tokens, width, cut.packed) for x, width in ((q, block_d), (k, block_d), (v, block_c))
         ),
         (o, _or(log_decay, o), _or(initial_state, o), _or(final_state, o), _or(cu_seqlens, o), _or(flags, o)),
         (
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], scale, tokens, heads, heads // k.shape[2],
+            scale, tokens, heads, heads // k.shape[2],
             cut.sequences, cut.segment, cut.lead, cut.per_sequence, cut.items,
         ),
         (D, E),
@@ -729,8 +703,6 @@ def backward(
             states[i] = _new_states(cut.sequences, q, E, transposed)
     if cut.split:
         flags = torch.zeros(1 + cut.sequences * heads * blocks, dtype=torch.int32, device=q.device)
-    if cut.packed:
-        triton.set_allocator(_scratch)
     if need_decay:
         difference = torch.empty(2, d_blocks, batch, heads, tokens, dtype=torch.float32, device=q.device)
     initial_state, dfinal_state = (x if x is None else x.contiguous() for x in (initial_state, dfinal_state))
@@ -738,13 +710,12 @@ def backward(
     widths = ((q, block_d), (k, block_d), (v, block_e), (do, block_e), (q, block_c), (k, block_c), (do, block_c))
     _launch(
         _backward_kernel, cut.items * heads * blocks,
-        tuple(x if cut.packed else _descriptor(x, tiles.tokens, width) for x, width in widths),
+        tuple(_descriptor(x, tiles.tokens, width, cut.packed) for x, width in widths),
         (
             dq, dk, dv, _or(difference, dq), _or(log_decay, dq), _or(initial_state, dq), _or(dfinal_state, dq),
             *(_or(state, dq) for state in states), _or(cu_seqlens, dq), _or(flags, dq),
         ),
         (
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
             scale, tokens, heads, heads // kv_heads,
             cut.sequences, cut.segment, cut.lead, cut.per_sequence, cut.items, batch * tokens * heads,
         ),
