@@ -61,18 +61,9 @@ def choose_tiles(rows: int, columns: int, dtype: torch.dtype, backward: bool, pe
     return Tiles(64, min(width, 64), 4, 4)
 
 
-@dataclass(frozen=True)
-class StepTiles:
-    """Launch of one step: columns of the state a program owns, warps, whether the state bypasses the cache."""
-
-    columns: int
-    warps: int
-    stream: bool
-
-
-def choose_step_tiles(heads: int, columns: int) -> StepTiles:
+def choose_step_tiles(heads: int, columns: int) -> Tiles:
     """Tiles of a step for ``heads`` states in all, of so many columns each (measured on an H100)."""
-    return StepTiles(min(64 if heads >= 1024 else 32, _padded(columns)), 4, False)
+    return Tiles(1, min(64 if heads >= 1024 else 32, _padded(columns)), 4, 1)
 
 
 MIN_SEGMENT = 256
@@ -446,10 +437,10 @@ def _backward_kernel(
 
 @triton.jit(do_not_specialize=["Hq", "group"])
 def _step_kernel(
-    Q, K, V, OUT, LOG_DECAY, STATE, STATES, INDICES,
+    Q, K, V, OUT, LOG_DECAY, STATE, STATES, INDICES, scale, Hq, group,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, decay_row, decay_token,
-    pool_row, pool_head, scale, tokens, Hq, group, D, E, state_row, state_column,
-    DECAY: tl.constexpr, INDEXED: tl.constexpr, STORE_STATES: tl.constexpr, STREAM: tl.constexpr,
+    pool_row, pool_head, tokens, D, E, state_row, state_column,
+    DECAY: tl.constexpr, INDEXED: tl.constexpr, STORE_STATES: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """``S <- exp(g) S + k v^T`` in place and ``o = scale * q S``, token by token, for some columns of a head's state.
@@ -483,7 +474,7 @@ def _step_kernel(
     K += row * k_row + key_head * k_head + inner
     V += row * v_row + key_head * v_head + columns
     LOG_DECAY += row * decay_row + head
-    state = tl.load(STATE, mask, 0.0, eviction_policy="evict_first" if STREAM else "")
+    state = tl.load(STATE, mask, 0.0)
     for _ in range(tokens):
         q = tl.load(Q, inner < D, 0.0).to(tl.float32)
         k = tl.load(K, inner < D, 0.0).to(tl.float32)
@@ -502,7 +493,7 @@ def _step_kernel(
         K += k_token
         V += v_token
         LOG_DECAY += decay_token
-    tl.store(STATE, state, mask, cache_modifier=".cs" if STREAM else "")
+    tl.store(STATE, state, mask)
 
 
 # --- Launches ---------------------------------------------------------------------------------------------------
@@ -526,7 +517,7 @@ def _cut(q: Tensor, cu_seqlens: Tensor | None, walks: int, fades: bool) -> _Cut:
     batch, tokens, heads = q.shape[:3]
     packed = cu_seqlens is not None
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    segment, lead = cut_sequence(tokens, batch * heads * walks, _processors(q.device), fades)
+    segment, lead = cut_sequence(tokens, sequences * heads * walks, _processors(q.device), fades)
     if segment == tokens:
         return _Cut(sequences, tokens, tokens, 1, sequences, False, packed)
     segments = 1 + triton.cdiv(tokens - lead, segment)
@@ -569,11 +560,6 @@ def _new_states(sequences: int, q: Tensor, E: int, transposed: bool) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=q.device)
 
 
-def _state_strides(D: int, E: int, transposed: bool) -> tuple[int, int]:
-    """Of a row (along D) and of a column (along E) of one head's state."""
-    return (1, D) if transposed else (E, 1)
-
-
 def _descriptor(x: Tensor, tokens: int, width: int, packed: bool) -> TensorDescriptor:
     """Of ``x [B, T, heads, width]``, to be read in tiles of so many tokens of one head.
 
@@ -605,23 +591,23 @@ _compiled: dict[Any, Any] = {}
 
 def _launch(
     kernel: Any, programs: int, tokens: tuple[Any, ...], pointers: tuple[Tensor, ...], numbers: tuple[Any, ...],
-    widths: tuple[int, int], constants: tuple[Any, ...], tiles: Tiles,
+    sizes: tuple[int, ...], constants: tuple[Any, ...], tiles: Tiles,
 ) -> None:  # fmt: skip
-    """``kernel[(programs,)](*tokens, *pointers, *numbers, *widths, *constants)``, in a fraction of its host time.
+    """``kernel[(programs,)](*tokens, *pointers, *numbers, *sizes, *constants)``, in a fraction of its host time.
 
-    What Triton would look up for each argument follows from the types and alignment of the pointers, the widths and the
+    What Triton would look up for each argument follows from the types and alignment of the pointers, the sizes and the
     constants, since the kernels specialise on no other number.
     """
-    key = (kernel, widths, constants, tiles, *[(x.dtype, x.device, x.data_ptr() % 16 == 0) for x in pointers])
+    key = (kernel, sizes, constants, tiles, *[(x.dtype, x.device, x.data_ptr() % 16 == 0) for x in pointers])
     compiled = _compiled.get(key)
     if compiled is None:
         compiled = kernel[(programs,)](
-            *tokens, *pointers, *numbers, *widths, *constants, num_warps=tiles.warps, num_stages=tiles.stages
+            *tokens, *pointers, *numbers, *sizes, *constants, num_warps=tiles.warps, num_stages=tiles.stages
         )
         if compiled is not None:  # it is, under the interpreter
             _compiled[key] = compiled
     else:
-        compiled[(programs, 1, 1)](*tokens, *pointers, *numbers, *widths, *constants)
+        compiled[(programs, 1, 1)](*tokens, *pointers, *numbers, *sizes, *constants)
 
 
 def forward(
@@ -759,11 +745,15 @@ def step(
             decay_strides = (tokens * heads, heads)
     strides = [s for x in (q, k, v) for s in (x.stride()[:3] if several else (x.stride(0), 0, x.stride(1)))]
     tiles = choose_step_tiles(rows * heads, E)
-    _step_kernel[(rows * heads * triton.cdiv(E, tiles.columns),)](
-        q, k, v, o, _or(log_decay, o), state, _or(states, state), _or(indices, o), *strides, *decay_strides,
-        state.stride(0), state.stride(1), scale, tokens, heads, heads // k.shape[-2], D, E,
-        *_state_strides(D, E, transposed),
-        DECAY=log_decay is not None, INDEXED=indices is not None, STORE_STATES=states is not None,
-        STREAM=tiles.stream, BLOCK_D=_padded(D), BLOCK_E=tiles.columns, num_warps=tiles.warps,
+    _launch(
+        _step_kernel, rows * heads * triton.cdiv(E, tiles.columns), (),
+        (q, k, v, o, _or(log_decay, o), state, _or(states, state), _or(indices, o)),
+        (scale, heads, heads // k.shape[-2]),
+        (
+            *strides, *decay_strides, state.stride(0), state.stride(1), tokens, D, E,
+            *((1, D) if transposed else (E, 1)),
+        ),
+        (log_decay is not None, indices is not None, states is not None, _padded(D), tiles.columns),
+        tiles,
     )  # fmt: skip
     return o
