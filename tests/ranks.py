@@ -51,7 +51,6 @@ def _start(rank: int, ranks: int, port: int, function: Callable[..., None], argu
 
 
 def _join(rank: int, ranks: int, store: Path, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(str(store), ranks), rank=rank, world_size=ranks)
     try:

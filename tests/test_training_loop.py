@@ -147,8 +147,11 @@ def test_a_run_leaves_model_metrics_plot_and_checkpoints(finished: Path) -> None
 
 @pytest.mark.parametrize("model", ["tiny", "llama"])
 def test_micro_batches_do_not_change_what_is_computed(tmp_path: Path, corpus: str, model: str) -> None:
+    # With its usual epsilon AdamW turns the rounding of a gradient next to zero into a step.
+    optimizer = OptimizerSettings(learning_rate=3e-3, warmup_steps=2, epsilon=1e-6)
     for name, size in (("whole", 0), ("parts", 1)):
-        loop.train(settings_for(tmp_path / name, corpus, model, micro_batch_size=size, steps=4))
+        settings = settings_for(tmp_path / name, corpus, model, micro_batch_size=size, steps=4, optimizer=optimizer)
+        loop.train(settings)
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name], rtol=0, atol=1e-6)

@@ -10,7 +10,7 @@ tokens leave and their total log decay ``G_r``, one all-gather passes both round
 
 From there on the rank computes its part as if it were alone. Gradients go the other way round: the same exchange of
 the gradients of the states. A rank sends ``B Hq (D E + 1)`` numbers each way, whatever T. Without decay this is LASP-2
-(arXiv 2502.07563, algorithms 2 and 4).
+(arXiv 2502.07563).
 
 Two orders are possible. Computing the part from an empty state while the states travel, then adding what the entering
 state contributes, reads q and rewrites o, which rounds it twice. Summing up the state first reads only k and v and
