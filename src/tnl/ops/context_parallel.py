@@ -228,12 +228,12 @@ def _log_weights(log_decay: Tensor | None, tokens: slice, before: bool, like: Te
     if log_decay is None or log_decay.dim() == 1:
         rate = torch.zeros(heads, dtype=dtype, device=like.device) if log_decay is None else log_decay.to(dtype)
         return rate, (rate * (tokens.stop - tokens.start)).expand(batch, heads)
-    decay = log_decay[:, tokens].to(dtype)
+    decay = log_decay[:, tokens].mT.to(dtype).contiguous()  # running sums are slow where tokens lie apart
     if before:
-        total = decay.cumsum(1)
-        return total, total[:, -1]
-    total = decay.flip(1).cumsum(1).flip(1)
-    return total - decay, total[:, 0]
+        total = decay.cumsum(-1)
+        return total.mT, total[..., -1]
+    total = decay.flip(-1).cumsum(-1).flip(-1)
+    return (total - decay).mT, total[..., 0]
 
 
 def _sum_up(y: Tensor, z: Tensor, log_weight: Tensor, before: bool, heads: int, backend: str) -> Tensor:
