@@ -233,7 +233,7 @@ def methods(seed: int) -> Iterator[Row]:
     for name, (tensor, error) in targets.items():
         for method in ("auto", "tnale", "tnls", "tnga", "greedy"):
             result, columns = searched(
-                tensor, tnss.Ring(7), tnss.Lagrangian(200.0), method=method, seed=seed, budget=tnss.Budget(400)
+                tensor, tnss.Ring(7), tnss.Lagrangian(200.0), method=method, seed=seed, budget=tnss.Budget(200)
             )
             met = [network.parameters for network in result.networks if network.rse <= error]
             yield {"tensor": name, "method": method, "parameters_at_error": min(met, default=0), **columns}
@@ -333,7 +333,7 @@ CASES = {
     "topology": Case(6, topology),
     "topology_6": Case(6, topology_6),
     "noise": Case(5, noise),
-    "methods": Case(5, methods),
+    "methods": Case(3, methods),
     "large": Case(1, large),
     "gpu": Case(1, gpu),
 }
