@@ -106,3 +106,11 @@ def test_tnale_keeps_its_grids_around_the_centre() -> None:
         assert {rank for point in points for rank in point.values} <= {2, 3, 4}
         method.tell([Evaluation(p, current.domain.decode(p), -float(sum(p.values)), 0.0) for p in points])
     assert {rank for proposal in method.ask() for rank in proposal.point.values} <= {3, 4, 5}
+
+
+def test_auto_tries_the_tensors_own_size_where_noise_is_worth_its_parameters() -> None:
+    """Of pure noise every entry counts; moves of one rank from a small structure would take far longer."""
+    noise = np.random.default_rng(0).standard_normal((3,) * 5)
+    result = tnss.search(noise, tnss.Ring(6), tnss.Lagrangian(200.0), seed=0, budget=tnss.Budget(16))
+    assert result.best.parameters >= 240
+    assert result.best.objective < 2.0

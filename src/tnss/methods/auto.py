@@ -1,10 +1,10 @@
 """The default method: the lower bound first, then TnALE's moves in the order a surrogate gives them.
 
 First, structures are fitted in ascending order of their lower bound. Where the tensor is of low rank this ends
-within a few fits, with a proof. Otherwise two smaller structures are fitted, and the search descends by TnALE's moves
-(one rank, or two modes swapped), and by pairs of them, which is what leaves a plateau. The surrogate, a ridge
-regression of log RSE on the tails of the spectrum plus the residuals of fitted neighbours, only orders the moves; the
-bound takes out those that cannot win.
+within a few fits, with a proof. Otherwise two smaller structures are fitted (and one of the tensor's own size, where
+those cost more than its entries), and the search descends by TnALE's moves (one rank, or two modes swapped), and by
+pairs of them, which is what leaves a plateau. The surrogate, a ridge regression of log RSE on the tails of the
+spectrum plus the residuals of fitted neighbours, only orders the moves; the bound takes out those that cannot win.
 """
 
 from __future__ import annotations
@@ -104,6 +104,8 @@ class Auto:
                 return
             if proposals := self._new(self._descend(price) for price in PRICES):
                 yield proposals
+            if self.best is not None and self._cutoff() > self._cost_of_entries():
+                yield self._new([self._fill(self.best.point)])
         while self.since_best < self.options.patience:
             proposals = self._moves()
             if not proposals:
@@ -168,6 +170,27 @@ class Auto:
                 point, value = around[int(found.argmin())], float(found.min())
             if value < best_value:
                 best, best_value = point, value
+        return best
+
+    def _cost_of_entries(self) -> float:
+        """The objective of the tensor itself, stored entry by entry."""
+        entries = self.view.entries
+        return float(self.view.objective.value(entries, 0.0, entries))
+
+    def _fill(self, point: Point) -> Point:
+        """``point`` with all ranks alike, as large as the number of entries allows.
+
+        Where what was fitted costs more than the entries, the noise is worth its parameters, and no move of one rank
+        from a small structure shows it.
+        """
+        domain, best = self.view.domain, point
+        for rank in range(1, max(domain.upper[: domain.ranks]) + 1):
+            bounds = zip(domain.lower[: domain.ranks], domain.upper, strict=False)
+            values = tuple(min(max(rank, low), high) for low, high in bounds) + point.values[domain.ranks :]
+            larger = Point(values, point.permutation)
+            if domain.decode(larger).parameters > self.view.entries:
+                break
+            best = larger
         return best
 
     def _moves(self) -> list[Proposal]:
