@@ -3,6 +3,7 @@
 Dimensions as in :mod:`tnl.ops.lightning`, which checks what comes here. ``transposed``: states are ``[.., E, D]``.
 """
 
+import functools
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -34,13 +35,13 @@ attention_operator = torch.ops.tnl.lightning_attention.default
 attention_backward = torch.ops.tnl.lightning_attention_backward.default
 step = torch.ops.tnl.lightning_attention_step.default
 
-_loaded: dict[str, ModuleType] = {"torch": lightning_torch}
 
-
-def _implementation(backend: str) -> ModuleType:
-    if backend not in _loaded:
-        _loaded[backend] = import_module("tnl.ops.lightning_triton")
-    return _loaded[backend]
+@functools.cache
+def _implementation(backend: str, decode: bool = False) -> ModuleType:
+    """Imported by the first call that uses it, since Triton takes its time."""
+    if backend == "torch":
+        return lightning_torch
+    return import_module("tnl.ops.lightning_step_triton" if decode else "tnl.ops.lightning_triton")
 
 
 def _state_shape(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, transposed: bool) -> tuple[Any, ...]:
@@ -367,7 +368,7 @@ def _step(
 ) -> Tensor:
     _check_values(log_decay)
     return call_on_device(
-        _implementation(backend).step, q, k, v, log_decay, state, scale, state_indices, transposed, states
+        _implementation(backend, decode=True).step, q, k, v, log_decay, state, scale, state_indices, transposed, states
     )
 
 
