@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tnl.ops.lightning_triton import Tiles, _launch, _loss, _or, _padded
+from tnl.ops.lightning_triton import Tiles, _launch, _loss, _or, _padded, ceil_div
 
 
 def choose_step_tiles(heads: int, columns: int) -> Tiles:
@@ -104,7 +104,7 @@ def step(
     strides = [s for x in (q, k, v) for s in (x.stride()[:3] if several else (x.stride(0), 0, x.stride(1)))]
     tiles = choose_step_tiles(rows * heads, E)
     _launch(
-        _step_kernel, rows * heads * triton.cdiv(E, tiles.columns), (),
+        _step_kernel, rows * heads * ceil_div(E, tiles.columns), (),
         (q, k, v, o, _or(log_decay, o), state, _or(states, state), _or(indices, o)),
         (scale, heads, heads // k.shape[-2]),
         (

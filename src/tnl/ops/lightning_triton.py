@@ -30,6 +30,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 # --- Launch policy ----------------------------------------------------------------------------------------------
 
 
+def ceil_div(total: int, size: int) -> int:
+    """``triton.cdiv`` takes microseconds when called on the host."""
+    return -(-total // size)
+
+
+def _padded(width: int) -> int:
+    return max(16, 1 << (width - 1).bit_length())
+
+
 @dataclass(frozen=True)
 class Tiles:
     """Sizes of one launch: tokens in a block, columns of the state a program owns, warps, pipeline stages."""
@@ -82,7 +91,7 @@ def cut_sequence(tokens: int, walks: int, processors: int, fades: bool) -> tuple
         return tokens, tokens
     if fades and tokens >= segments * LONG_SEGMENT:
         return LONG_SEGMENT, LONG_SEGMENT
-    length = triton.cdiv(int(tokens / (segments + LEAD)) + 1, 64) * 64
+    length = ceil_div(int(tokens / (segments + LEAD)) + 1, 64) * 64
     return length, max(64, int(LEAD * length) // 64 * 64)
 
 
@@ -454,7 +463,7 @@ def _cut(q: Tensor, cu_seqlens: Tensor | None, walks: int, fades: bool) -> _Cut:
     segment, lead = cut_sequence(tokens, sequences * heads * walks, _processors(q.device), fades)
     if segment == tokens:
         return _Cut(sequences, tokens, tokens, 1, sequences, False, packed)
-    segments = 1 + triton.cdiv(tokens - lead, segment)
+    segments = 1 + ceil_div(tokens - lead, segment)
     items = sequences + segments if packed else sequences * segments
     return _Cut(sequences, segment, lead, segments, items, True, packed)
 
@@ -471,10 +480,6 @@ def _precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def _padded(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
-
-
 def _or(x: Tensor | None, stand_in: Tensor) -> Tensor:
     """A pointer that the kernel does not follow needs a type all the same."""
     return stand_in if x is None else x
@@ -483,7 +488,8 @@ def _or(x: Tensor | None, stand_in: Tensor) -> Tensor:
 def _aligned(x: Tensor) -> Tensor:
     """``x``, or a copy with wider rows where addresses are not the multiples of 16 bytes that descriptors need."""
     unit = 16 // x.element_size()
-    if x.data_ptr() % 16 == 0 and all(stride > 0 and stride % unit == 0 for stride in x.stride()[:-1]):
+    batch, token, head, _ = x.stride()
+    if not (x.data_ptr() % 16 or batch % unit or token % unit or head % unit) and batch and token and head:
         return x
     return torch.nn.functional.pad(x, (0, -x.shape[-1] % unit))[..., : x.shape[-1]]
 
@@ -561,7 +567,7 @@ def forward(
     log_decay, decay = _decay_form(log_decay)
     precision = _precision(q.dtype)
     tiles = choose_tiles(D, E, q.dtype, False, decay == 2, precision == "ieee")
-    blocks = triton.cdiv(E, tiles.columns)
+    blocks = ceil_div(E, tiles.columns)
     cut = _cut(q, cu_seqlens, blocks, decay == 1)
     o = torch.empty(*q.shape[:3], E, dtype=q.dtype, device=q.device)
     q, k, v = _aligned(q), _aligned(k), _aligned(v)
@@ -611,7 +617,7 @@ def backward(
     log_decay, decay = _decay_form(log_decay)
     precision = _precision(q.dtype)
     tiles = choose_tiles(max(D, E), max(D, E), q.dtype, True, decay == 2, precision == "ieee")
-    d_blocks, e_blocks = triton.cdiv(D, tiles.columns), triton.cdiv(E, tiles.columns)
+    d_blocks, e_blocks = ceil_div(D, tiles.columns), ceil_div(E, tiles.columns)
     blocks = 2 * d_blocks + e_blocks
     cut = _cut(q, cu_seqlens, blocks, decay == 1)
     dq, dk, dv = (torch.empty(batch, tokens, heads, width, dtype=q.dtype, device=q.device) for width in (D, D, E))
