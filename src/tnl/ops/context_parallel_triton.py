@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tnl.ops.lightning_triton import _padded, _precision, choose_tiles
+from tnl.ops.lightning_triton import _padded, _precision, ceil_div, choose_tiles
 
 SHORTEST_SEGMENT = 1024
 MOST_SEGMENTS = 64
@@ -72,8 +72,8 @@ def sum_up(y: Tensor, z: Tensor, log_weight: Tensor, before: bool, heads: int) -
     M = z.shape[-1]
     precision = _precision(y.dtype)
     tiles = choose_tiles(K, M, y.dtype, False, False, precision == "ieee")
-    segment = max(SHORTEST_SEGMENT, triton.cdiv(triton.cdiv(tokens, MOST_SEGMENTS), tiles.tokens) * tiles.tokens)
-    grid = (batch * heads, triton.cdiv(tokens, segment), triton.cdiv(M, tiles.columns))
+    segment = max(SHORTEST_SEGMENT, ceil_div(ceil_div(tokens, MOST_SEGMENTS), tiles.tokens) * tiles.tokens)
+    grid = (batch * heads, ceil_div(tokens, segment), ceil_div(M, tiles.columns))
     out = torch.empty(grid[1], batch, heads, K, M, dtype=torch.float32, device=y.device)
     _sum_kernel[grid](
         y, z, log_weight.contiguous(), out, *y.stride()[:3], *z.stride()[:3],

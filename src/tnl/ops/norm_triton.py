@@ -49,10 +49,10 @@ def _launch(rows: int, width: int) -> tuple[tuple[int], int, int, int]:
     """Grid, rows a program, padded width, warps: about 4096 values a program, 8 to 16 values a thread."""
     if width > MAX_WIDTH:
         raise ValueError(f"x: backend 'triton' takes a last dimension of at most {MAX_WIDTH}, got {width}")
-    padded = triton.next_power_of_2(width)
+    padded = 1 << (width - 1).bit_length()
     per_program = max(1, 2048 // padded)
     warps = min(16, max(4, padded * per_program // 512))
-    return (triton.cdiv(rows, per_program),), per_program, padded, warps
+    return (-(-rows // per_program),), per_program, padded, warps
 
 
 def forward(x: Tensor, gate: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
