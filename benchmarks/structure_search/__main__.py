@@ -11,6 +11,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.structure_search", description=__doc__)
     parser.add_argument("cases", nargs="*", help=f"some of {', '.join(CASES)}, plot, example")
     parser.add_argument("--seeds", type=int, help="seeds (default: those of the case)")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time, each on a core of its own (default: 1)")
     options = parser.parse_args()
     unknown = sorted(set(options.cases) - set(CASES) - {"plot", "example"})
     if unknown:
@@ -21,7 +22,7 @@ def main() -> int:
         elif name == "example":
             image_example()
         else:
-            run_case(name, options.seeds)
+            run_case(name, options.seeds, options.jobs)
     return 0
 
 

@@ -1,8 +1,11 @@
 """The cases: each yields rows; the runner adds machine and versions and writes one CSV a case as rows come."""
 
+import concurrent.futures
 import csv
 import dataclasses
+import itertools
 import math
+import multiprocessing
 import os
 import platform
 import statistics
@@ -32,37 +35,49 @@ class Case:
     rows: Callable[[int], Iterator[Row]]
 
 
-def run_case(name: str, seeds: int | None = None) -> None:
-    """Run one case on one CPU core (the GPU case on the GPU) and write its rows, replacing the old file."""
-    torch.set_num_threads(1)
-    case = CASES[name]
+def run_case(name: str, seeds: int | None = None, jobs: int = 1) -> None:
+    """Run one case and write its rows, replacing the old file; each seed on one CPU core, ``jobs`` seeds at a time."""
     path = FOLDER / f"{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".csv.partial")
     written: list[str] = []
     with temporary.open("w", newline="") as file:
-        for seed in range(seeds or case.seeds):
-            for row in case.rows(seed):
-                row = {"case": name, "seed": seed} | row | machine()
-                writer = csv.DictWriter(file, list(row), lineterminator="\n")
-                if not written:
-                    writer.writeheader()
-                    written = list(row)
-                assert list(row) == written, f"{name}: rows with different columns"
-                writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()})
-                file.flush()
-                print({key: row[key] for key in list(row)[: -len(machine())]}, file=sys.stderr, flush=True)
+        for row in _rows(name, range(seeds or CASES[name].seeds), jobs):
+            writer = csv.DictWriter(file, list(row), lineterminator="\n")
+            if not written:
+                writer.writeheader()
+                written = list(row)
+            assert list(row) == written, f"{name}: rows with different columns"
+            writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()})
+            file.flush()
+            print({key: row[key] for key in list(row)[:-4]}, file=sys.stderr, flush=True)
     os.replace(temporary, path)
 
 
-def machine() -> Row:
+def _rows(name: str, seeds: range, jobs: int) -> Iterator[Row]:
+    if jobs == 1:
+        torch.set_num_threads(1)
+        for seed in seeds:
+            for row in CASES[name].rows(seed):
+                yield {"case": name, "seed": seed} | row | machine(name == "gpu")
+        return
+    with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        for rows in pool.map(_seed_rows, itertools.repeat(name), seeds):
+            yield from rows
+
+
+def _seed_rows(name: str, seed: int) -> list[Row]:
+    return list(_rows(name, range(seed, seed + 1), 1))
+
+
+def machine(gpu: bool) -> Row:
     """Machine and versions, for each row."""
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
     return {
-        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{model}, 1 core",
+        "machine": torch.cuda.get_device_name() if gpu else f"{model}, 1 core",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -329,11 +344,11 @@ CASES = {
     "planted": Case(10, planted),
     "rings": Case(40, rings),
     "plateau": Case(10, plateau),
-    "images": Case(3, images),
+    "images": Case(10, images),
     "topology": Case(6, topology),
     "topology_6": Case(6, topology_6),
-    "noise": Case(5, noise),
-    "methods": Case(3, methods),
+    "noise": Case(10, noise),
+    "methods": Case(10, methods),
     "large": Case(1, large),
     "gpu": Case(1, gpu),
 }
