@@ -122,8 +122,8 @@ def test_kernel_that_sums_up_a_state(
     """Several segments, the last one shorter, some beyond the reach of a strong decay; grouped heads; odd widths."""
     from tnl.ops import context_parallel_triton
 
-    monkeypatch.setattr(context_parallel_triton, "SHORTEST_SEGMENT", 64)
-    monkeypatch.setattr(context_parallel_triton, "MOST_SEGMENTS", 3)
+    monkeypatch.setattr(context_parallel_triton, "SHORTEST_SEGMENT", 32)
+    monkeypatch.setattr(context_parallel_triton, "PROGRAMS", 8)  # four segments on the one processor
     inputs = Case(B=1, T=150, Hq=2, H=1, D=20, E=36, decay=decay).inputs(torch.float32)
     log_decay = inputs["log_decay"]
     if decay != "none":
@@ -164,7 +164,7 @@ def sent_bytes() -> None:
         inputs = Case(B=2, T=tokens, Hq=4, H=2, D=5, E=3).inputs(torch.float32)
         leaves = [inputs[n].requires_grad_() for n in ("q", "k", "v")]
         lightning_attention_context_parallel(*leaves, inputs["log_decay"])[0].sum().backward()
-    assert sent == [2 * 4 * (5 * 3 + 1) * 4] * 4
+    assert sent == [2 * 4 * (5 * 3 + 1) * 4, 2 * 4 * 5 * 3 * 4] * 2
 
 
 def documents_apart() -> None:

@@ -1,5 +1,6 @@
 """What is measured; every function yields rows in the first process and nothing in the others."""
 
+import gc
 import json
 import tempfile
 import time
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from benchmarks.scale.group import Machine, quantiles, time_together
+from benchmarks.scale.group import Machine, communication_shares, quantiles, time_together
 from tnl.models import TnlConfig
 from tnl.ops import lightning_attention
 from tnl.ops.context_parallel import lightning_attention_context_parallel
@@ -24,7 +25,7 @@ from tnl.training.data import PackedRows, RowSampler, make_loader, prepare_corpu
 from tnl.training.flops import flops_per_token, matrix_parameters, peak_flops
 from tnl.training.loop import make_optimizer
 from tnl.training.parallel import Ranks
-from tnl.training.plan import measure, memory
+from tnl.training.plan import estimate, measure
 from tnl.training.tokenizer import TextEncoder, byte_tokenizer
 
 Row = dict[str, Any]
@@ -32,14 +33,15 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Training:
-    """One measurement of training steps; `rows` on each GPU, or one row over all of them where `shared`."""
+    """One measurement of training steps; ``context`` GPUs share each of ``rows`` rows, 0: all of them do."""
 
     model: str
     tokens: int
     rows: int = 1
-    shared: bool = False
+    context: int = 1
     recompute: bool = False
     compile: bool = True
+    steps: int = 4
 
 
 @dataclass(frozen=True)
@@ -50,34 +52,44 @@ class Sizes:
     heads: int
     width: int
     training: tuple[Training, ...]
+    models: tuple[Training, ...]
     context: tuple[Training, ...]
+    mesh: tuple[Training, ...]
     overrides: dict[str, Any]
     runs: int
-    steps: int
 
 
 FULL = Sizes(
-    lengths=(1 << 18, 1 << 19, 1 << 20),
+    lengths=(1 << 18, 1 << 20, 1 << 22),
     heads=16,
     width=128,
     training=(Training("385m", 8192, 4), Training("1b", 8192, 2)),
-    context=(
-        Training("1b", 1 << 18, shared=True, recompute=True),
-        Training("1b", 1 << 20, shared=True, recompute=True),
+    models=(
+        Training("7b", 32768, recompute=True, steps=3),
+        Training("7b", 2048, 16, recompute=True, steps=3),
+        Training("3b", 32768, recompute=True, steps=3),
+        Training("3b", 2048, 16, recompute=True, steps=3),
+        Training("1b", 32768),
+        Training("1b", 2048, 16),
     ),
+    context=(
+        Training("1b", 1 << 18, context=0, recompute=True, steps=3),
+        Training("1b", 1 << 20, context=0, recompute=True, steps=2),
+    ),
+    mesh=(Training("1b", 1 << 18, context=2, recompute=True, steps=3),),
     overrides={},
     runs=20,
-    steps=8,
 )
 TINY = Sizes(
     lengths=(512, 1024),
     heads=2,
     width=16,
     training=(Training("tiny", 64, 2, compile=False),),
-    context=(Training("tiny", 128, shared=True, recompute=True, compile=False),),
+    models=(Training("tiny", 64, 2, recompute=True, compile=False),),
+    context=(Training("tiny", 128, context=0, recompute=True, compile=False),),
+    mesh=(Training("tiny", 128, context=2, recompute=True, compile=False),),
     overrides={"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48, "num_hidden_layers": 2},
     runs=3,
-    steps=2,
 )
 
 
@@ -89,12 +101,16 @@ def operator(machine: Machine, sizes: Sizes) -> Iterator[Row]:
         alone: dict[str, float] = {}
         for count in machine.counts():
             ranks = machine.first(count)
-            for kind in ("head", "token"):
-                results = []
+            for kind in ("head", "token") if tokens == sizes.lengths[0] else ("head",):
+                results: list[Row] = []
                 if ranks is not None and tokens % count == 0:
-                    results = _time_operator(machine, ranks, tokens, decay, kind, sizes, dtype)
+                    try:
+                        results = _time_operator(machine, ranks, tokens, decay, kind, sizes, dtype)
+                    except torch.OutOfMemoryError:
+                        results = [{"pass": "forward and backward", "error": "out of memory"}]
+                    _free(machine)
                 for row in results:
-                    if count == 1:
+                    if count == 1 and "ms" in row:
                         alone[f"{kind} {row['pass']}"] = row["ms"]
                     if f"{kind} {row['pass']}" in alone:
                         row["speedup"] = alone[f"{kind} {row['pass']}"] / row["ms"]
@@ -132,37 +148,80 @@ def _time_operator(
     return rows
 
 
-def training(machine: Machine, sizes: Sizes) -> Iterator[Row]:
-    """Tokens a second with FSDP2; each GPU has rows of its own."""
-    yield from _train_all(machine, sizes, sizes.training, "training")
+def _free(machine: Machine) -> None:
+    gc.collect()
+    if machine.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
-def context(machine: Machine, sizes: Sizes) -> Iterator[Row]:
-    """Tokens a second on one row over 1, 2, 4, ... GPUs, FSDP2 and context parallel together."""
-    yield from _train_all(machine, sizes, sizes.context, "context")
-
-
-def _train_all(machine: Machine, sizes: Sizes, cases: tuple[Training, ...], name: str) -> Iterator[Row]:
-    for case in cases:
-        alone = 0.0
+def _train_all(name: str, machine: Machine, sizes: Sizes) -> Iterator[Row]:
+    """Each case over 1, 2, 4, ... GPUs."""
+    for case in getattr(sizes, name):
+        alone: Row = {}
         for count in machine.counts():
-            ranks = machine.first(count, case.shared)
-            row = None
-            if ranks is not None:
-                try:
-                    row = _train(machine, ranks, case, sizes)
-                except torch.OutOfMemoryError:
-                    row = {"error": "out of memory"}
-                torch._dynamo.reset()
-                if machine.device.type == "cuda":
-                    torch.cuda.empty_cache()
+            parts = case.context or count
+            if count % parts:
+                continue
+            row = _try(machine, machine.first(count, parts), case, sizes)
             machine.wait()
             if row is not None and machine.rank == 0:
-                about = {"case": name, "gpus": count, "model": case.model, "T": case.tokens, "rows": case.rows}
-                if "tokens_per_second" in row:
-                    alone = alone or (row["tokens_per_second"] if count == 1 else 0.0)
-                    row |= {"speedup": row["tokens_per_second"] / alone} if alone else {}
-                yield about | {"recompute": case.recompute, "compile": case.compile} | row
+                alone = row if count == 1 and "ms" in row else alone
+                yield _describe(name, row, alone, case, sizes, count)
+
+
+def models(machine: Machine, sizes: Sizes) -> Iterator[Row]:
+    """Models of 1B to 7B with FSDP2: on one GPU, each GPU measuring some of the cases, then each on all together."""
+    results: dict[int, Row] = {}
+    for i in range(machine.rank, len(sizes.models), machine.size):
+        results[i] = _try(machine, Ranks(0, 1, machine.device, None), sizes.models[i], sizes) or {}
+    gathered = machine.gather(results)
+    alone = {i: row for part in gathered for i, row in part.items()}
+    if machine.rank == 0:
+        for i, case in enumerate(sizes.models):
+            yield _describe("models", alone[i], alone[i], case, sizes, 1)
+    for i, case in enumerate(sizes.models if machine.size > 1 else ()):
+        row = _try(machine, machine.first(machine.size), case, sizes)
+        machine.wait()
+        if row is not None and machine.rank == 0:
+            yield _describe("models", row, alone[i], case, sizes, machine.size)
+
+
+def _try(machine: Machine, ranks: Ranks | None, case: Training, sizes: Sizes) -> Row | None:
+    """A row, None in processes that take no part."""
+    if ranks is None:
+        return None
+    try:
+        return _train(machine, ranks, case, sizes)
+    except torch.OutOfMemoryError:
+        return {"error": "out of memory"}
+    finally:
+        torch._dynamo.reset()
+        _free(machine)
+
+
+def _describe(name: str, row: Row, alone: Row, case: Training, sizes: Sizes, count: int) -> Row:
+    """A row beside one GPU, where that was measured, and what `tnl plan` says when it knows the rate of one."""
+    parts = case.context or count
+    about = {"case": name, "gpus": count, "model": case.model, "T": case.tokens, "rows": case.rows, "context": parts}
+    about |= {"recompute": case.recompute, "compile": case.compile}
+    if "ms" not in row:
+        return about | row
+    if "ms" in alone:
+        row = row | {"speedup": row["tokens_per_second"] / alone["tokens_per_second"]}
+    if "hardware_flops_use" in row:
+        config = TnlConfig.from_preset(case.model, **sizes.overrides)
+        plan = PlanSettings(
+            case.model, [count], sequence_length=case.tokens, micro_batch_size=case.rows,
+            gpu="H200" if "H200" in torch.cuda.get_device_name() else "H100",
+            context=parts, activation_checkpointing=case.recompute,
+        )  # fmt: skip
+        use = (alone if "ms" in alone else row)["hardware_flops_use"]
+        planned = estimate(plan, config, measure(config), count, use)
+        row = row | {
+            "planned_gib": planned["memory"]["total"] / 2**30,
+            "planned_tokens_per_second": planned["tokens_per_second"],
+        }
+    return about | row
 
 
 def _train(machine: Machine, ranks: Ranks, case: Training, sizes: Sizes) -> Row:
@@ -193,18 +252,14 @@ def _train(machine: Machine, ranks: Ranks, case: Training, sizes: Sizes) -> Row:
 
     if machine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds = time_together(machine, ranks, step, sizes.steps, 3)
+    seconds = time_together(machine, ranks, step, case.steps, 1 if case.steps < 4 else 2)
     rate = 1e3 * step_tokens / quantiles(seconds)["ms"]
     row: Row = {"parameters": parameters, "tokens_per_second": rate} | quantiles(seconds)
     flops = flops_per_token(matrices, config, case.tokens) * rate / ranks.size
     row["model_tflops"] = flops / 1e12
     if machine.device.type == "cuda":
         row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        plan = PlanSettings(
-            case.model, [ranks.size], sequence_length=case.tokens, micro_batch_size=case.rows,
-            context=parts, activation_checkpointing=case.recompute,
-        )  # fmt: skip
-        row["planned_gib"] = sum(memory(plan, config, measure(config), ranks.size).values()) / 2**30
+        row["communication_share"], row["waiting_share"] = communication_shares(step)
         peak = peak_flops(torch.cuda.get_device_name())
         if peak is not None:
             row["model_flops_use"] = flops / peak
@@ -244,7 +299,9 @@ def feeding(machine: Machine, sizes: Sizes) -> Iterator[Row]:
 
 CASES: dict[str, Callable[[Machine, Sizes], Iterator[Row]]] = {
     "operator": operator,
-    "training": training,
-    "context": context,
+    "training": partial(_train_all, "training"),  # FSDP2, each GPU has rows of its own
+    "models": models,
+    "context": partial(_train_all, "context"),  # one row over all GPUs, FSDP2 and context parallel together
+    "mesh": partial(_train_all, "mesh"),  # rows over pairs of GPUs
     "feeding": feeding,
 }

@@ -32,14 +32,24 @@ class Machine:
     def wait(self) -> None:
         dist.barrier(group=self.control)
 
-    def first(self, count: int, shared_rows: bool = False) -> Ranks | None:
-        """The first processes as those of a training run; None in the others. All processes call it."""
+    def gather(self, value: Any) -> list[Any]:
+        """The value of each process, on all of them."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def first(self, count: int, parts: int = 1) -> Ranks | None:
+        """The first processes as those of a training run, ``parts`` of them to a row; None in the others.
+
+        All processes call it.
+        """
         if count == 1:
             return Ranks(0, 1, self.device, None) if self.rank == 0 else None
         mesh = DeviceMesh(self.device.type, list(range(count)), mesh_dim_names=("all",))
         grid = None
-        if shared_rows:
-            grid = DeviceMesh(self.device.type, [list(range(count))], mesh_dim_names=("data", "context"))
+        if parts > 1:
+            rows = torch.arange(count).view(-1, parts).tolist()
+            grid = DeviceMesh(self.device.type, rows, mesh_dim_names=("data", "context"))
         return Ranks(self.rank, count, self.device, mesh, grid) if self.rank < count else None
 
     def synchronize(self) -> None:
@@ -86,3 +96,27 @@ def quantiles(seconds: list[float]) -> dict[str, float]:
     """Median and 20 % and 80 % quantile in ms."""
     cuts = statistics.quantiles(seconds, n=5) if len(seconds) > 1 else seconds * 4
     return {"ms": 1e3 * statistics.median(seconds), "ms_20": 1e3 * cuts[0], "ms_80": 1e3 * cuts[-1]}
+
+
+def communication_shares(step: Callable[[], Any]) -> tuple[float, float]:
+    """Share of a step's time on this GPU in which NCCL's kernels run, and in which nothing else runs beside them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            spans[event.name.startswith("nccl")].append((event.time_range.start, event.time_range.end))
+    exchange, everything = _covered(spans[True]), _covered(spans[True] + spans[False])
+    ends = [end for _, end in spans[True] + spans[False]]
+    whole = max(ends) - min(begin for begin, _ in spans[True] + spans[False])
+    return exchange / whole, (everything - _covered(spans[False])) / whole
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """Length of the union of intervals."""
+    covered, reached = 0.0, float("-inf")
+    for begin, end in sorted(spans):
+        covered += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return covered

@@ -9,8 +9,8 @@ tokens leave and their total log decay ``G_r``, one all-gather passes both round
     S_r = sum over j < r of exp(sum of G_i over j < i < r) P_j
 
 From there on the rank computes its part as if it were alone. Gradients go the other way round: the same exchange of
-the gradients of the states. A rank sends ``B Hq (D E + 1)`` numbers each way, whatever T. Without decay this is LASP-2
-(arXiv 2502.07563).
+the gradients of the states. A rank sends ``B Hq (D E + 1)`` numbers, and ``B Hq D E`` back, whatever T. Without decay
+this is LASP-2 (arXiv 2502.07563).
 
 Two orders are possible. Computing the part from an empty state while the states travel, then adding what the entering
 state contributes, reads q and rewrites o, which rounds it twice. Summing up the state first reads only k and v and
@@ -236,18 +236,22 @@ def _log_weights(log_decay: Tensor | None, tokens: slice, before: bool, like: Te
     return (total - decay).mT, total[..., 0]
 
 
-def _sum_up(y: Tensor, z: Tensor, log_weight: Tensor, before: bool, heads: int, backend: str) -> Tensor:
+def _sum_up(
+    y: Tensor, z: Tensor, log_weight: Tensor, before: bool, heads: int, backend: str, out: Tensor | None = None
+) -> Tensor:
     """``sum over tokens of exp(log weight) y_t z_t^T`` ``[B, Hq, K, M]``, in float32 or wider.
 
     ``y [B, T, *, K]`` and ``z [B, T, *, M]`` with Hq heads or a divisor of it; ``log_weight`` as `_log_weights` gave
     it, ``before`` as well.
     """
+    batch, tokens = y.shape[:2]
+    if out is None:
+        out = torch.empty(batch, heads, y.shape[-1], z.shape[-1], dtype=log_weight.dtype, device=y.device)
     if backend == "triton":
         from tnl.ops import context_parallel_triton
 
-        return call_on_device(context_parallel_triton.sum_up, y, z, log_weight, before, heads)
-    batch, tokens = y.shape[:2]
-    state = torch.zeros(batch, heads, y.shape[-1], z.shape[-1], dtype=log_weight.dtype, device=y.device)
+        return call_on_device(context_parallel_triton.sum_up, y, z, log_weight, before, out)
+    out.zero_()
     for begin in range(0, tokens, CHUNK):
         some = slice(begin, min(begin + CHUNK, tokens))
         if log_weight.dim() == 1:
@@ -256,31 +260,40 @@ def _sum_up(y: Tensor, z: Tensor, log_weight: Tensor, before: bool, heads: int, 
             weight = (distance[:, None] * log_weight).exp()[None]
         else:
             weight = log_weight[:, some].exp()
-        yc, zc = (x[:, some].to(state.dtype) for x in (y, z))
+        yc, zc = (x[:, some].to(out.dtype) for x in (y, z))
         yc, zc = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (yc, zc))
-        state += torch.einsum("bthk,bthm->bhkm", yc * weight[..., None], zc)
-    return state
+        out += torch.einsum("bthk,bthm->bhkm", yc * weight[..., None], zc)
+    return out
 
 
 # --- Exchange --------------------------------------------------------------------------------------------------
 
 
 class _Exchange:
-    """An all-gather under way of one state ``[B, Hq, D, E]`` and total log decay ``[B, Hq]`` a rank."""
+    """An all-gather of one state ``[B, Hq, D, E]`` and, forward, total log decay ``[B, Hq]`` a rank.
 
-    def __init__(self, state: Tensor, decay: Tensor, group: dist.ProcessGroup) -> None:
-        self._shape = state.shape
-        self._sent = torch.cat([state.flatten(), decay.to(state.dtype).flatten()])
-        ranks = dist.get_world_size(group)
-        self._received = self._sent.new_empty(ranks * len(self._sent))
-        self._work = _all_gather(self._received, self._sent, group=group, async_op=True)
+    Few calls on the host: at a quarter of a million tokens they, not the bytes, decide what an exchange costs.
+    """
+
+    def __init__(self, q: Tensor, E: int, group: dist.ProcessGroup, with_decay: bool) -> None:
+        batch, _, heads, D = q.shape
+        self._size, self._group = batch * heads * D * E, group
+        numbers = self._size + batch * heads * with_decay
+        self._sent = torch.empty(numbers, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+        self.state = self._sent[: self._size].view(batch, heads, D, E)
+        self.decay = self._sent[self._size :].view(batch, heads if with_decay else 0)
+
+    def start(self) -> "_Exchange":
+        """Send ``state`` and ``decay``, once they are filled, round."""
+        self._received = self._sent.new_empty(dist.get_world_size(self._group), len(self._sent))
+        self._work = _all_gather(self._received.view(-1), self._sent, group=self._group, async_op=True)
+        return self
 
     def wait(self) -> tuple[Tensor, Tensor]:
         """States ``[R, B, Hq, D, E]`` and total log decays ``[R, B, Hq]`` of all ranks."""
         self._work.wait()
-        rows = self._received.view(-1, len(self._sent))
-        states, decays = rows.split([self._shape.numel(), len(self._sent) - self._shape.numel()], dim=1)
-        return states.unflatten(1, self._shape), decays.unflatten(1, self._shape[:2])
+        states, decays = self._received[:, : self._size], self._received[:, self._size :]
+        return states.unflatten(1, self.state.shape), decays.unflatten(1, self.decay.shape)
 
 
 def _combine(states: Tensor, decays: Tensor, rank: int, before: bool) -> Tensor:
@@ -288,14 +301,13 @@ def _combine(states: Tensor, decays: Tensor, rank: int, before: bool) -> Tensor:
 
     A total of -inf marks a rank through which nothing passes.
     """
-    some = slice(0, rank) if before else slice(rank + 1, None)
-    states, decays = states[some], decays[some]
-    between = torch.zeros_like(decays)
-    if before:
-        between[:-1] = decays[1:].flip(0).cumsum(0).flip(0)
-    else:
-        between[1:] = decays[:-1].cumsum(0)
-    return torch.einsum("rbh,rbhde->bhde", between.exp(), states)
+    ranks = list(range(rank)) if before else list(range(len(states) - 1, rank, -1))
+    state = states[ranks[0]]
+    if len(ranks) > 1:
+        passed = decays.exp()[..., None, None]
+    for i in ranks[1:]:
+        state = torch.addcmul(states[i], passed[i], state)
+    return state
 
 
 # --- Forward and backward --------------------------------------------------------------------------------------
@@ -327,14 +339,19 @@ class _ContextParallel(torch.autograd.Function):
         shape = (q.shape[2], q.shape[3], v.shape[3])
         exchange = _send_states(q, k, v, log_decay, initial_state, part, options)
         local = None
-        if part.head or initial_state is not None:  # in the time of the exchange
+        if part.bounds is not None and (part.head or initial_state is not None):  # in the time of the exchange
             local = _zeros(q, part.sequences, *shape)
             if initial_state is not None:
                 local[part.begins] = initial_state[part.rows][part.begins]
         states, decays = exchange.wait()
         if part.head:
-            assert local is not None
-            local[part.enters] = _combine(states, decays, dist.get_rank(options.group), before=True)
+            entering = _combine(states, decays, dist.get_rank(options.group), before=True)
+            if local is None:
+                local = entering
+            else:
+                local[part.enters] = entering
+        elif local is None and initial_state is not None:
+            local = initial_state
         need_decay = ctx.needs_input_grad[3]
         o, final = registered.attention(
             q, k, v, log_decay, local, part.bounds, options.scale, options.return_final_state or need_decay,
@@ -365,16 +382,21 @@ class _ContextParallel(torch.autograd.Function):
             dwhole = _zeros(q, options.sequences, *shape) if dwhole is None else dwhole.contiguous().clone()
             dist.all_reduce(dwhole, group=options.group)
             dfinal = dwhole[part.rows]
-        exchange = _send_gradients(do, q, log_decay, dfinal, part, options, decays)
+        exchange = _send_gradients(do, q, log_decay, dfinal, part, options)
         dlocal = None
-        if dfinal is not None or part.tail < part.tokens:
+        if part.bounds is not None and (part.tail < part.tokens or dfinal is not None):  # in the time of the exchange
             dlocal = _zeros(q, part.sequences, *shape)
             if dfinal is not None:
                 dlocal[part.ends] = dfinal[part.ends]
         dstates, _ = exchange.wait()
         if part.tail < part.tokens:
-            assert dlocal is not None
-            dlocal[part.leaves] = _combine(dstates, decays, dist.get_rank(options.group), before=False)
+            returning = _combine(dstates, decays, dist.get_rank(options.group), before=False)
+            if dlocal is None:
+                dlocal = returning
+            else:
+                dlocal[part.leaves] = returning
+        elif dlocal is None:
+            dlocal = dfinal
         dq, dk, dv, dlog_decay, dinitial = registered.attention_backward(
             do, dlocal, q, k, v, log_decay, local, final, part.bounds, options.scale, ctx.need_decay, options.backend
         )
@@ -400,39 +422,38 @@ def _send_states(
     options: _Options,
 ) -> _Exchange:
     """Sum up the state that leaves this rank, without what enters it, and send it round with its total log decay."""
-    batch, tokens, heads, D = q.shape
+    tokens, heads = q.shape[1:3]
+    exchange = _Exchange(q, v.shape[-1], options.group, with_decay=True)
     if part.tail == tokens:
-        state = _zeros(q, batch, heads, D, v.shape[-1])
-        decay = state.new_zeros(batch, heads)
+        exchange.state.zero_()
+        exchange.decay.fill_(-torch.inf)
+        return exchange.start()
+    some = slice(part.tail, tokens)
+    weight, decay = _log_weights(log_decay, some, False, q)
+    _sum_up(k[:, some], v[:, some], weight, False, heads, options.backend, exchange.state)
+    if initial_state is not None and not part.passes:  # what leaves began here
+        begun = initial_state[part.rows][part.leaves]
+        exchange.state.addcmul_(decay[..., None, None].exp(), begun)
+    if part.passes:
+        exchange.decay.copy_(decay)
     else:
-        some = slice(part.tail, tokens)
-        weight, decay = _log_weights(log_decay, some, False, q)
-        state = _sum_up(k[:, some], v[:, some], weight, False, heads, options.backend)
-        if initial_state is not None and not part.passes:  # what leaves began here
-            begun = initial_state[part.rows][part.leaves]
-            state = state + decay[..., None, None].exp() * begun
-    if not part.passes:
-        decay = torch.full_like(decay, -torch.inf)
-    return _Exchange(state, decay, options.group)
+        exchange.decay.fill_(-torch.inf)
+    return exchange.start()
 
 
 def _send_gradients(
-    do: Tensor,
-    q: Tensor,
-    log_decay: Tensor | None,
-    dfinal: Tensor | None,
-    part: _Part,
-    options: _Options,
-    decays: Tensor,
+    do: Tensor, q: Tensor, log_decay: Tensor | None, dfinal: Tensor | None, part: _Part, options: _Options
 ) -> _Exchange:
     """Sum up the gradient of the state that enters this rank, without what comes from behind, and send it round."""
-    batch, _, heads, D = q.shape
+    exchange = _Exchange(q, do.shape[-1], options.group, with_decay=False)
     if part.head == 0:
-        dstate = _zeros(q, batch, heads, D, do.shape[-1])
-    else:
-        some = slice(0, part.head)
-        weight, decay = _log_weights(log_decay, some, True, q)
-        dstate = options.scale * _sum_up(q[:, some], do[:, some], weight, True, heads, options.backend)
-        if dfinal is not None and not part.passes:  # what entered ends here
-            dstate = dstate + decay[..., None, None].exp() * dfinal[part.enters]
-    return _Exchange(dstate, decays[dist.get_rank(options.group)], options.group)
+        exchange.state.zero_()
+        return exchange.start()
+    some = slice(0, part.head)
+    weight, decay = _log_weights(log_decay, some, True, q)
+    _sum_up(q[:, some], do[:, some], weight, True, q.shape[2], options.backend, exchange.state)
+    if options.scale != 1:
+        exchange.state.mul_(options.scale)
+    if dfinal is not None and not part.passes:  # what entered ends here
+        exchange.state.addcmul_(decay[..., None, None].exp(), dfinal[part.enters])
+    return exchange.start()

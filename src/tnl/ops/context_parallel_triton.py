@@ -8,39 +8,48 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tnl.ops.lightning_triton import _padded, _precision, ceil_div, choose_tiles
+from tnl.ops.lightning_triton import _launch, _padded, _precision, _processors, ceil_div, choose_tiles
 
 SHORTEST_SEGMENT = 1024
-MOST_SEGMENTS = 64
+PROGRAMS = 8  # a multiprocessor: few enough that their parts stay in the cache, enough to keep it busy
 ZERO = -104.0  # exp of this is 0 in float32
 
 
-@triton.jit(do_not_specialize=["T", "Hq", "y_group", "z_group", "segment"])
+@triton.jit(do_not_specialize=["T", "Hq", "y_group", "z_group", "segments"])
 def _sum_kernel(
-    Y, Z, LOG_WEIGHT, OUT, y_batch, y_token, y_head, z_batch, z_token, z_head,
-    T, Hq, y_group, z_group, segment, K, M, none,
+    Y, Z, LOG_WEIGHT, OUT, T, Hq, y_group, z_group, segments, zero,
+    y_batch, y_token, y_head, z_batch, z_token, z_head, K, M,
     PER_TOKEN: tl.constexpr, BEFORE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Some columns of one head's state from the tokens of one segment."""
-    chain = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(M, BLOCK_M)
+    chain = (tl.program_id(0) // (segments * blocks)).to(tl.int64)
+    index = tl.program_id(0) // blocks % segments
     batch, head = chain // Hq, chain % Hq
-    begin = tl.program_id(1) * segment
-    end = tl.minimum(begin + segment, T)
     inner = tl.arange(0, BLOCK_K)
-    columns = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     Y += batch * y_batch + (head // y_group) * y_head + inner[None, :]
     Z += batch * z_batch + (head // z_group) * z_head + columns[None, :]
     rate = 0.0
+    low, high = 0, T  # tokens with a weight above 0
     if PER_TOKEN:
         LOG_WEIGHT += batch * T * Hq + head
-        largest = tl.load(LOG_WEIGHT + (begin if BEFORE else end - 1).to(tl.int64) * Hq)
     else:
         rate = tl.load(LOG_WEIGHT + head)
-        largest = rate * (begin + 1 if BEFORE else T - end)
-    first = tl.where(largest < none, end, begin)  # where no token of this segment has a weight above 0
+        reach = tl.minimum(zero / tl.minimum(rate, zero / T), T).to(tl.int32)
+        if BEFORE:
+            high = tl.minimum(reach + 1, T)
+        else:
+            low = tl.maximum(T - 1 - reach, 0)
+    length = tl.cdiv(tl.cdiv(high - low, segments), BLOCK_T) * BLOCK_T
+    begin = low + index * length
+    end = tl.minimum(begin + length, high)
+    if PER_TOKEN:
+        largest = tl.load(LOG_WEIGHT + (begin if BEFORE else end - 1).to(tl.int64) * Hq, begin < end, 0.0)
+        begin = tl.where(largest < zero, end, begin)
     state = tl.zeros([BLOCK_K, BLOCK_M], tl.float32)
-    for at in range(first, end, BLOCK_T):
+    for at in range(begin, end, BLOCK_T):
         token = at + tl.arange(0, BLOCK_T)
         inside = token < end
         if PER_TOKEN:
@@ -51,11 +60,11 @@ def _sum_kernel(
         y = tl.load(Y + token.to(tl.int64)[:, None] * y_token, inside[:, None] & (inner < K)[None, :], 0.0)
         z = tl.load(Z + token.to(tl.int64)[:, None] * z_token, inside[:, None] & (columns < M)[None, :], 0.0)
         state = tl.dot(tl.trans(y), (z * weight[:, None]).to(z.dtype), state, input_precision=PRECISION)
-    OUT += ((tl.program_id(1).to(tl.int64) * tl.num_programs(0) + chain) * K + inner[:, None]) * M + columns[None, :]
+    OUT += ((index * (tl.num_programs(0) // (segments * blocks)) + chain) * K + inner[:, None]) * M + columns[None, :]
     tl.store(OUT, state, (inner < K)[:, None] & (columns < M)[None, :])
 
 
-def sum_up(y: Tensor, z: Tensor, log_weight: Tensor, before: bool, heads: int) -> Tensor:
+def sum_up(y: Tensor, z: Tensor, log_weight: Tensor, before: bool, out: Tensor) -> Tensor:
     """``sum over tokens of exp(log weight) y_t z_t^T``, as in :mod:`tnl.ops.context_parallel`.
 
     Args:
@@ -63,22 +72,24 @@ def sum_up(y: Tensor, z: Tensor, log_weight: Tensor, before: bool, heads: int) -
         z: ``[B, T, *, M]``, likewise.
         log_weight: ``[Hq]`` log decay a token, or ``[B, T, Hq]`` log weight of each token; float32.
         before: With ``[Hq]``: whether weights count from before the first token, or from behind the last.
-        heads: Hq.
+        out: ``[B, Hq, K, M]`` float32, contiguous, to be filled.
 
     Returns:
-        ``[B, Hq, K, M]`` float32. Segments are summed in one order: the same result each time.
+        ``out``. What decay leaves of a head is shared evenly among its segments; these are summed in one order: the
+        same result each time.
     """
     batch, tokens, _, K = y.shape
-    M = z.shape[-1]
+    heads, M = out.shape[1], z.shape[-1]
     precision = _precision(y.dtype)
     tiles = choose_tiles(K, M, y.dtype, False, False, precision == "ieee")
-    segment = max(SHORTEST_SEGMENT, ceil_div(ceil_div(tokens, MOST_SEGMENTS), tiles.tokens) * tiles.tokens)
-    grid = (batch * heads, ceil_div(tokens, segment), ceil_div(M, tiles.columns))
-    out = torch.empty(grid[1], batch, heads, K, M, dtype=torch.float32, device=y.device)
-    _sum_kernel[grid](
-        y, z, log_weight.contiguous(), out, *y.stride()[:3], *z.stride()[:3],
-        tokens, heads, heads // y.shape[2], heads // z.shape[2], segment, K, M, ZERO,
-        PER_TOKEN=log_weight.dim() == 3, BEFORE=before, BLOCK_T=tiles.tokens, BLOCK_K=_padded(K), BLOCK_M=tiles.columns,
-        PRECISION=precision, num_warps=tiles.warps, num_stages=tiles.stages,
+    programs = batch * heads * ceil_div(M, tiles.columns)
+    segments = max(1, min(PROGRAMS * _processors(y.device) // programs, tokens // SHORTEST_SEGMENT))
+    parts = out[None] if segments == 1 else out.new_empty(segments, *out.shape)
+    _launch(
+        _sum_kernel, programs * segments, (), (y, z, log_weight.contiguous(), parts),
+        (tokens, heads, heads // y.shape[2], heads // z.shape[2], segments, ZERO),
+        (*y.stride()[:3], *z.stride()[:3], K, M),
+        (log_weight.dim() == 3, before, tiles.tokens, _padded(K), tiles.columns, precision),
+        tiles,
     )  # fmt: skip
-    return out.sum(0)
+    return out if segments == 1 else torch.sum(parts, 0, out=out)
