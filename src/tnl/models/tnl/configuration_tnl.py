@@ -99,6 +99,8 @@ class TnlConfig(PreTrainedConfig):
         norm_eps: Added to the mean square inside every norm.
         initializer_range: Standard deviation of the initial weights.
         tie_word_embeddings: Whether the language-model head is the embedding matrix.
+        tensor_networks: Matrices that are kept as tensor networks, as `tnl compress` leaves them: for the name of
+            each what `MatrixNetwork.to_dict` gives.
         use_cache: Whether the model returns its recurrent states outside of training.
         pad_token_id: Id of padding; its embedding starts as zero and gets no gradient.
         bos_token_id: Id that begins a document.
@@ -131,6 +133,7 @@ class TnlConfig(PreTrainedConfig):
     norm_eps: float = 1e-6
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
+    tensor_networks: dict[str, Any] | None = None
     use_cache: bool = True
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
@@ -211,6 +214,9 @@ class TnlConfig(PreTrainedConfig):
             ("norm_type", NORMS),
         ):
             self._require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
+        networks = self.tensor_networks
+        valid = networks is None or (isinstance(networks, dict) and all(isinstance(v, dict) for v in networks.values()))
+        self._require("tensor_networks", valid, "None or a dict of names and networks")
         self._check_layer_types()
         self._check_lrpe_layers()
         self._check_token_ids()

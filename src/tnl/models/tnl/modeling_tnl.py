@@ -27,6 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from tnl.models.tnl.cache_tnl import TnlCache, TnlCacheLayer
 from tnl.models.tnl.configuration_tnl import TnlConfig
+from tnl.models.tnl.matrix_network import TensorNetworkEmbedding, TensorNetworkLinear, replace_matrices
 from tnl.ops import lightning_attention, lightning_attention_step
 from tnl.ops.norm import gated_srms_norm, srms_norm
 from tnl.slopes import log_decay
@@ -355,6 +356,8 @@ class TnlPreTrainedModel(PreTrainedModel):
             initialization.ones_(module.weight)
             if module.bias is not None:
                 initialization.zeros_(module.bias)
+        if isinstance(module, TensorNetworkLinear | TensorNetworkEmbedding):
+            module.reset_parameters(self.config.initializer_range)
 
 
 class TnlModel(TnlPreTrainedModel):
@@ -368,6 +371,7 @@ class TnlModel(TnlPreTrainedModel):
         self.norm = TnlNorm(config, config.hidden_size)
         self.embedding_scale = math.sqrt(config.hidden_size) if config.scale_embeddings else 1.0
         self.gradient_checkpointing = False
+        replace_matrices(self, config.tensor_networks or {}, "model.")
         self.post_init()
 
     @capture_outputs
@@ -516,6 +520,10 @@ class TnlForCausalLM(TnlPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = TnlModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        replace_matrices(self, {name: n for name, n in (config.tensor_networks or {}).items() if name == "lm_head"}, "")
+        if config.tie_word_embeddings and isinstance(self.model.embed_tokens, TensorNetworkEmbedding):
+            self.lm_head = TensorNetworkLinear(self.model.embed_tokens.network)
+            self._tied_weights_keys = {"lm_head": "model.embed_tokens"}
         self.post_init()
 
     @can_return_tuple
