@@ -16,7 +16,7 @@ ALLOWED = {
     "tnl.slopes": set(),
     "tnl.models": {"tnl.models", "tnl.ops", "tnl.slopes", "tnss"},
     "tnl.training": {"tnl.training", "tnl.models", "tnl.ops"},
-    "tnl.serving": {"tnl.serving", "tnl.models", "tnl.ops"},
+    "tnl.serving": {"tnl.serving", "tnl.models", "tnl.ops", "tnl.slopes"},
     "tnl.integrations": {"tnl.integrations", "tnl.models", "tnl.ops"},
     "tnl.compression": {"tnl.compression", "tnl.training", "tnl.models", "tnl.ops", "tnss"},
     "tnl.cli": {"tnl", "tnss"},

@@ -59,6 +59,16 @@ def test_changed_cu_seqlens_is_checked_again() -> None:
         lightning_attention(**x)
 
 
+def test_cu_seqlens_made_in_inference_mode() -> None:
+    with torch.inference_mode():  # such a tensor has no version
+        x = arguments(PACKED)
+        x["cu_seqlens"] = x["cu_seqlens"].clone()
+        lightning_attention(**x)
+        x["cu_seqlens"][-1] -= 1
+        with pytest.raises(ValueError, match="cu_seqlens"):
+            lightning_attention(**x)
+
+
 def test_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="backend: 'triton' serves"):
         lightning_attention(**arguments(dtype=torch.float64), backend="triton")

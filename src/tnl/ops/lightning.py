@@ -288,11 +288,14 @@ def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
         raise ValueError(f"cu_seqlens: packed sequences need a batch of 1, got q of {list(q.shape)}")
     if torch.compiler.is_compiling() or (q.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
-    tokens, seen = q.shape[1], (cu_seqlens._version, q.shape[1])
-    if _checked_cu_seqlens.get(cu_seqlens) == seen:
+    tokens = q.shape[1]
+    # A tensor of inference mode has no version that would tell a change, so it is read each time.
+    seen = None if cu_seqlens.is_inference() else (cu_seqlens._version, tokens)
+    if seen is not None and _checked_cu_seqlens.get(cu_seqlens) == seen:
         return
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in itertools.pairwise(bounds)):
         shown = bounds if len(bounds) <= 8 else [*bounds[:4], "...", *bounds[-3:]]
         raise ValueError(f"cu_seqlens: expected values that rise from 0 to T = {tokens}, got {shown}")
-    _checked_cu_seqlens[cu_seqlens] = seen
+    if seen is not None:
+        _checked_cu_seqlens[cu_seqlens] = seen

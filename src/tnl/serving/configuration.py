@@ -1,0 +1,56 @@
+"""How vLLM's configuration is completed and checked for a TNL, before any of its processes starts."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import get_safetensors_metadata
+from vllm.model_executor.models.config import MambaModelConfig
+
+from tnl.models.tnl.configuration_tnl import TnlConfig
+from tnl.models.tnl.released import Shape, TransnormerConfig, find_weight_files, plan_conversion, read_shapes
+
+DEFAULT_MAX_MODEL_LEN = 131_072  # tokens; a TNL has no limit of its own, and a longer request costs no more memory
+
+
+class ServingConfig(MambaModelConfig):
+    """What vLLM asks before it starts: for the model's configuration alone, then for all of its own."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Read the dims of a released folder from its tensors; choose a longest request where none is given."""
+        config = model_config.hf_config
+        if isinstance(config, TransnormerConfig):
+            own, _ = plan_conversion(_shapes(model_config.model, model_config.revision), config, model_config.model)
+            own.architectures = config.architectures
+            model_config.hf_config = model_config.hf_text_config = own
+            model_config.model_arch_config = model_config.get_model_arch_config()
+        if model_config.original_max_model_len is None:
+            model_config.max_model_len = DEFAULT_MAX_MODEL_LEN
+
+    @classmethod
+    def verify_and_update_config(cls, vllm_config: Any) -> None:
+        """Refuse what a TNL cannot be served with, and choose how states are paged.
+
+        Raises:
+            ValueError: The model has layers of softmax attention, its heads cannot be shared out, or speculative
+                decoding is asked for.
+        """
+        config: TnlConfig = vllm_config.model_config.hf_config
+        if not all(config.is_linear(layer) for layer in range(config.num_hidden_layers)):
+            raise ValueError("layer_types: models with layers of full attention are not served; expected none")
+        ranks = vllm_config.parallel_config.tensor_parallel_size
+        if config.num_attention_heads % ranks:
+            raise ValueError(
+                f"tensor_parallel_size: expected a divisor of the {config.num_attention_heads} heads, got {ranks}"
+            )
+        if vllm_config.speculative_config is not None:
+            raise ValueError("speculative_config: a TNL is served without speculative decoding; expected None")
+        super().verify_and_update_config(vllm_config)
+
+
+def _shapes(model: str, revision: str | None) -> dict[str, Shape]:
+    """Shapes of the tensors of a folder, or of a repository of the Hugging Face Hub, from their headers."""
+    if Path(model).is_dir():
+        return read_shapes(find_weight_files(Path(model)))
+    files = get_safetensors_metadata(model, revision=revision).files_metadata.values()
+    return {name: tuple(tensor.shape) for file in files for name, tensor in file.tensors.items()}
