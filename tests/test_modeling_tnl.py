@@ -441,7 +441,7 @@ def test_one_kind_of_input() -> None:
 # Loss and memory in training
 
 
-def test_loss_in_chunks_equals_the_loss_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_in_chunks_of_a_wrapped_head_equals_the_loss_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modeling, "LOGITS_PER_CHUNK", 5 * VOCABULARY)
     input_ids = random_tokens(2, 13)
     labels = input_ids.clone()
@@ -460,6 +460,18 @@ def test_loss_in_chunks_equals_the_loss_of_logits(monkeypatch: pytest.MonkeyPatc
     wanted.loss.backward()
     assert max(lengths) == 5
     assert sum(lengths) == 2 * 26  # each token once forward and once more for the backward pass
+    for ours, theirs in zip(lean.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_lean_loss_has_the_gradients_of_the_loss_of_logits() -> None:
+    input_ids = random_tokens(2, 13)
+    lean, plain = small_model().train(), small_model().train()
+    outputs, wanted = lean(input_ids, labels=input_ids), plain(input_ids, labels=input_ids, return_logits=True)
+    assert outputs.logits is None
+    outputs.loss.backward()
+    wanted.loss.backward()
+    torch.testing.assert_close(outputs.loss, wanted.loss)
     for ours, theirs in zip(lean.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
 

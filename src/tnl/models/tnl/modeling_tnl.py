@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, initialization
 from transformers.generation import GenerationMixin
@@ -29,11 +30,12 @@ from tnl.models.tnl.cache_tnl import TnlCache, TnlCacheLayer
 from tnl.models.tnl.configuration_tnl import TnlConfig
 from tnl.models.tnl.matrix_network import TensorNetworkEmbedding, TensorNetworkLinear, replace_matrices
 from tnl.ops import lightning_attention, lightning_attention_step
+from tnl.ops.linear_cross_entropy import linear_cross_entropy
 from tnl.ops.norm import gated_srms_norm, srms_norm
 from tnl.slopes import log_decay
 
 LRPE_BASE = 10000.0
-LOGITS_PER_CHUNK = 1 << 26  # 256 MiB of float32 logits at once in the memory-lean loss
+LOGITS_PER_CHUNK = 1 << 26  # 256 MiB of float32 logits at once where the head is called as a module
 IGNORED_LABEL = -100
 
 
@@ -605,9 +607,13 @@ class TnlForCausalLM(TnlPreTrainedModel, GenerationMixin):
     def _chunked_loss(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
         """`_summed_loss` of hidden states `[M, d]`, with the logits of one chunk in memory at a time.
 
-        The logits of a chunk are computed again in the backward pass. The head is called as a module, so
-        that adapters and sharding wrapped around it hold here too.
+        A head that something is wrapped around (an adapter, sharding, a hook) is called as a module, and its
+        logits are computed again in the backward pass.
         """
+        head = self.lm_head
+        wrapped = type(head) is not nn.Linear or isinstance(head.weight, DTensor) or "forward" in vars(head)
+        if not (wrapped or head._forward_hooks or head._forward_pre_hooks):
+            return linear_cross_entropy(hidden_states, head.weight, labels, ignore_index=IGNORED_LABEL)
 
         def chunk_loss(hidden_states: Tensor, labels: Tensor) -> Tensor:
             return self._summed_loss(self.lm_head(hidden_states), labels)
