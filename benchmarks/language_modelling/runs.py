@@ -53,7 +53,6 @@ class Run:
         seed: Seed of weights and order.
         contexts: Contexts to evaluate at.
         curve_points: Looks at the validation text during training.
-        positions: Whether to keep the bits per byte by position.
         seconds: About how long it takes on one H100, evaluation included.
     """
 
@@ -70,7 +69,6 @@ class Run:
     seed: int = 0
     contexts: tuple[int, ...] = (512, 2048, 8192)
     curve_points: int = 12
-    positions: bool = False
     seconds: int = 240
 
 

@@ -99,7 +99,7 @@ def evaluate(
             ways["stream"] = [evaluation.nats_in_windows(model, ids.to(model.device), *halves) for ids, _ in documents]
         for way, nats in ways.items():
             scores[f"{split}_{way}"] = evaluation.bits_per_byte(nats, sum(map(len, contents)))
-        if run.positions and split != "train":
+        if split != "train":
             about = {"run": run.name, "split": split, "evaluation": "stream"}
             for start, stop, bits in evaluation.by_position(ways["stream"], lengths):
                 positions.append(about | {"from": start, "to": stop, "bits_per_byte": bits})
