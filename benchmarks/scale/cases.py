@@ -122,7 +122,12 @@ def operator(machine: Machine, sizes: Sizes) -> Iterator[Row]:
 def _time_operator(
     machine: Machine, ranks: Ranks, tokens: int, decay: Tensor, kind: str, sizes: Sizes, dtype: torch.dtype
 ) -> list[Row]:
-    """Both passes, and the same number of tokens without any exchange."""
+    """Both passes, and the same number of tokens without any exchange.
+
+    Short ones several times in a row, as layers follow one another, so that what the host does shows only if it is
+    slower than the GPU.
+    """
+    calls = max(1, min(8, (1 << 21) // tokens))
     shape = (1, tokens // ranks.size, sizes.heads, sizes.width)
     q, k, v, do = (torch.randn(shape, device=machine.device, dtype=dtype) for _ in range(4))
     leaves = [x.requires_grad_() for x in (q, k, v)]
@@ -136,13 +141,13 @@ def _time_operator(
         if name and ranks.mesh is None:
             continue
         with torch.no_grad():
-            forward = time_together(machine, ranks, partial(call, q, k, v, rate), sizes.runs, 3)
+            forward = time_together(machine, ranks, partial(call, q, k, v, rate), sizes.runs, 3, calls)
 
         def both(call: Callable[..., Any] = call) -> None:
             torch.autograd.grad(call(q, k, v, rate)[0], leaves, do)
 
-        both_ways = time_together(machine, ranks, both, sizes.runs, 3)
-        about = {"heads": sizes.heads, "D": sizes.width, "dtype": str(dtype).removeprefix("torch.")}
+        both_ways = time_together(machine, ranks, both, sizes.runs, 3, calls)
+        about = {"heads": sizes.heads, "D": sizes.width, "dtype": str(dtype).removeprefix("torch."), "calls": calls}
         rows += [{"pass": f"forward{name}"} | about | quantiles(forward)]
         rows += [{"pass": f"forward and backward{name}"} | about | quantiles(both_ways)]
     return rows

@@ -74,17 +74,20 @@ def join() -> Iterator[Machine]:
         dist.destroy_process_group()
 
 
-def time_together(machine: Machine, ranks: Ranks, call: Callable[[], Any], runs: int, warmup: int) -> list[float]:
-    """Seconds of each run of a call, that of the slowest process; all begin together."""
+def time_together(
+    machine: Machine, ranks: Ranks, call: Callable[[], Any], runs: int, warmup: int, calls: int = 1
+) -> list[float]:
+    """Seconds of a call in each run of ``calls`` in a row, that of the slowest process; all begin together."""
     seconds = []
     for run in range(warmup + runs):
         ranks.wait()
         machine.synchronize()
         begin = time.perf_counter()
-        call()
+        for _ in range(calls):
+            call()
         machine.synchronize()
         if run >= warmup:
-            seconds.append(time.perf_counter() - begin)
+            seconds.append((time.perf_counter() - begin) / calls)
     slowest = torch.tensor(seconds, dtype=torch.float64)
     if ranks.mesh is not None:
         slowest = slowest.to(machine.device)
