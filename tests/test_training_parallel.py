@@ -15,13 +15,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.ranks import run_torchrun
 from tnl.cli import main, parse
 from tnl.models import TnlConfig, TnlForCausalLM
 from tnl.training.config import ParallelSettings
 from tnl.training.loop import train
-from tnl.training.parallel import Ranks, lay_out
+from tnl.training.parallel import Ranks, autocast, lay_out
 
 CONFIG: dict[str, Any] = {
     "model": {
@@ -205,3 +206,37 @@ def test_sharded_bfloat16_leaves_decays_and_angles_in_float32(tmp_path: Path) ->
         torch.distributed.destroy_process_group()
     assert {dtype for name, dtype in seen.items() if name.endswith(".lrpe")} == {torch.float32}
     assert {dtype for name, dtype in seen.items() if name.endswith("_proj")} == {torch.bfloat16}
+
+
+def test_models_of_transformers_compute_their_loss_without_all_logits() -> None:
+    config = AutoConfig.for_model(
+        "llama", vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).train()
+    tokens = torch.randint(0, 96, (2, 12))
+    inputs = {"input_ids": tokens, "labels": tokens, "shift_labels": tokens, "use_cache": False}
+    inputs["num_items_in_batch"] = torch.tensor(30)
+    plain = model(**inputs)
+    gradients = torch.autograd.grad(plain.loss, list(model.parameters()))
+    lay_out(model, ParallelSettings(), Ranks(0, 1, torch.device("cpu"), None))
+    lean = model(**inputs)
+    assert plain.logits is not None
+    assert lean.logits is None
+    torch.testing.assert_close(lean.loss, plain.loss)
+    torch.testing.assert_close(torch.autograd.grad(lean.loss, list(model.parameters())), gradients)
+    assert model.eval()(**inputs).logits is not None
+
+
+def test_activations_of_a_process_alone_are_in_16_bits() -> None:
+    model = TnlForCausalLM(TnlConfig.from_preset("tiny", num_hidden_layers=2, hidden_size=32)).train()
+    ranks, settings = Ranks(0, 1, torch.device("cpu"), None), ParallelSettings(precision="bfloat16")
+    lay_out(model, settings, ranks)
+    seen: list[torch.dtype] = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    tokens = torch.randint(0, 256, (2, 12))
+    with autocast(settings, ranks):
+        model(tokens, labels=tokens).loss.backward()
+    assert seen == [torch.bfloat16] * 2
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())

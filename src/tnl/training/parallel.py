@@ -11,17 +11,23 @@ import functools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tnl.models.tnl.modeling_tnl import TnlAttention
+from tnl.ops.linear_cross_entropy import linear_cross_entropy
 from tnl.training.config import ParallelSettings, require
 from tnl.training.model import choose_device
+
+PLAIN_HEADS = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -160,12 +166,17 @@ def lay_out(model: PreTrainedModel, settings: ParallelSettings, ranks: Ranks) ->
     """Apply context parallel, activation checkpointing, compilation and sharding to the model, in place."""
     if ranks.grid is not None:
         share_rows(model, ranks.grid["context"].get_group())
+    use_lean_loss(model)
     blocks = blocks_of(model)
+    if settings.precision == "bfloat16" and ranks.mesh is None:
+        # Activations have the dtype of the embedding, which FSDP2 casts and autocast does not.
+        model.get_input_embeddings().register_forward_hook(_to_bfloat16)
     if settings.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if settings.compile:
-        for block in blocks:
-            block.compile()
+        final_norm = getattr(model.base_model, "norm", None)
+        for module in (*blocks, *([final_norm] if isinstance(final_norm, nn.Module) else [])):
+            module.compile()
     if ranks.mesh is not None:
         dtype = getattr(torch, settings.precision)
         # Activations have the dtype of the embedding; what else goes into a block in float32, as decays do, stays.
@@ -174,6 +185,34 @@ def lay_out(model: PreTrainedModel, settings: ParallelSettings, ranks: Ranks) ->
             fully_shard(module, mesh=ranks.mesh, mp_policy=replace(policy, param_dtype=None))
         for module in (*blocks, model):
             fully_shard(module, mesh=ranks.mesh, mp_policy=policy)
+
+
+def _to_bfloat16(module: nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
+    return output.to(torch.bfloat16)
+
+
+def use_lean_loss(model: PreTrainedModel) -> None:
+    """Let a model of transformers compute its loss in training as TNL does: without all logits, in place.
+
+    For models whose logits are their head times the last hidden state, nothing else (`PLAIN_HEADS`).
+    """
+    if model.config.model_type not in PLAIN_HEADS:
+        return
+    plain_forward = model.forward
+
+    @functools.wraps(plain_forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        head, targets = model.get_output_embeddings(), kwargs.get("shift_labels")
+        plain_head = type(head) is nn.Linear and not isinstance(head.weight, DTensor)
+        if not model.training or targets is None or kwargs.get("num_items_in_batch") is None or not plain_head:
+            return plain_forward(*args, **kwargs)
+        count = kwargs.pop("num_items_in_batch")
+        others = {name: value for name, value in kwargs.items() if name not in ("labels", "shift_labels")}
+        hidden_states = model.base_model(*args, **others).last_hidden_state
+        loss = linear_cross_entropy(hidden_states.flatten(0, 1), head.weight, targets.flatten())
+        return CausalLMOutputWithPast(loss=loss / count)
+
+    model.forward = forward
 
 
 def autocast(settings: ParallelSettings, ranks: Ranks) -> contextlib.AbstractContextManager[None]:
