@@ -202,7 +202,7 @@ class TnlModel(nn.Module):
         config: TnlConfig = vllm_config.model_config.hf_config
         self.embedding_scale = math.sqrt(config.hidden_size) if config.scale_embeddings else 1.0
         tied_head = config.tie_word_embeddings and get_pp_group().is_last_rank
-        self.embed_tokens: nn.Module = PPMissingLayer()
+        self.embed_tokens: Any = PPMissingLayer()
         if get_pp_group().is_first_rank or tied_head:
             self.embed_tokens = VocabParallelEmbedding(
                 config.vocab_size, config.hidden_size, prefix=f"{prefix}.embed_tokens"
@@ -253,6 +253,8 @@ class TnlForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPre
             ".mlp.up_proj.": (".mlp.gate_and_up_proj.", 1),
         }
     )
+    # The files that transformers would load; no other safetensors of a folder, and no pickle.
+    allow_patterns_overrides: ClassVar[list[str]] = ["model*.safetensors"]
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = {"gate_and_up_proj": ["gate_proj", "up_proj"]}
 
     @classmethod
@@ -278,7 +280,7 @@ class TnlForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPre
         config: TnlConfig = vllm_config.model_config.hf_config
         self.config = config
         self.model: Any = TnlModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
-        self.lm_head: nn.Module = PPMissingLayer()
+        self.lm_head: Any = PPMissingLayer()
         if get_pp_group().is_last_rank:
             self.lm_head = ParallelLMHead(
                 config.vocab_size,

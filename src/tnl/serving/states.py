@@ -1,10 +1,9 @@
-"""The recurrent states in vLLM's memory: their pool, which rows a step reads and writes, and the operator on them.
+"""The recurrent states in vLLM's memory, and which of them belong to the requests of a step.
 
-Dimensions: R requests of a step, of which the first are decodes (one token each) and the others prefills (any
-number), N tokens of the step, H heads of this rank, D = E width of a head, P rows of the pool.
+Dimensions: R requests of a step, decodes first, N tokens of the step, H heads of this rank, D = E width of a head,
+P rows of a pool.
 """
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -28,14 +27,13 @@ from vllm.v1.attention.backends.utils import (
     split_decodes_and_prefills,
 )
 
-from tnl.ops import lightning_attention, lightning_attention_step
+from tnl.serving.pooled import PooledStep, attend
 
 
 class StatePool(MambaBase):
-    """One state a request, `[H, D, E]` float32, as vLLM pages it.
+    """One state a request, `[H, D, E]` float32, as vLLM pages it; a layer with LRPE has two.
 
-    A layer with LRPE has two, the halves of its state `[H, 2 D, E]` that belong to cosine and sine: so all states of
-    a model have one shape, and vLLM keeps them in one group without padding.
+    With all states of a model in one shape vLLM keeps them in one group, without padding.
 
     Attributes:
         kv_cache: `(pool,)`, the pool `[P, H, D, E]`, set by vLLM. Rows lie apart, each state is contiguous.
@@ -64,24 +62,7 @@ class StatePool(MambaBase):
         return LightningBackend
 
 
-@dataclass
-class LightningMetadata:
-    """Which rows of the pool the requests of a step have.
-
-    Attributes:
-        decode_rows: Row of each decode, `[decodes]` int32; negative where a row only pads a CUDA graph.
-        prefill_rows: Row of each prefill, `[prefills]` int64.
-        prefill_bounds: Boundaries of the prefills in the tokens after the decodes, `[prefills + 1]` int32.
-        num_tokens: Tokens of the step; what comes after them is padding.
-    """
-
-    decode_rows: Tensor
-    prefill_rows: Tensor
-    prefill_bounds: Tensor
-    num_tokens: int
-
-
-class LightningMetadataBuilder(AttentionMetadataBuilder[LightningMetadata]):
+class LightningMetadataBuilder(AttentionMetadataBuilder[PooledStep]):
     """Builds the metadata of a step, and empties the states of the requests that begin in it."""
 
     reorder_batch_threshold: int = 1  # decodes first
@@ -96,13 +77,13 @@ class LightningMetadataBuilder(AttentionMetadataBuilder[LightningMetadata]):
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> LightningMetadata:
+    ) -> PooledStep:
         """The metadata of a step."""
         rows = self._rows(common_attn_metadata)
         self._empty_new_states(common_attn_metadata, rows)
         return self._describe(common_attn_metadata, rows)
 
-    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> LightningMetadata:
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> PooledStep:
         """The metadata of a step that is recorded; its requests do not exist."""
         return self._describe(common_attn_metadata, self._rows(common_attn_metadata))
 
@@ -128,7 +109,7 @@ class LightningMetadataBuilder(AttentionMetadataBuilder[LightningMetadata]):
             (pool,) = self.vllm_config.compilation_config.static_forward_context[name].kv_cache
             pool.index_fill_(0, new_rows, 0.0)
 
-    def _describe(self, step: CommonAttentionMetadata, rows: Tensor) -> LightningMetadata:
+    def _describe(self, step: CommonAttentionMetadata, rows: Tensor) -> PooledStep:
         decodes, prefills, decode_tokens, prefill_tokens = split_decodes_and_prefills(
             step, decode_threshold=self.reorder_batch_threshold
         )
@@ -137,7 +118,7 @@ class LightningMetadataBuilder(AttentionMetadataBuilder[LightningMetadata]):
         decode_rows.copy_(rows[:decodes].masked_fill(rows[:decodes] == NULL_BLOCK_ID, -1))
         with torch.inference_mode(False):  # the operator checks a tensor that has a version once, not in each layer
             bounds = step.query_start_loc[decodes : decodes + prefills + 1] - decode_tokens
-        return LightningMetadata(
+        return PooledStep(
             decode_rows=decode_rows,
             prefill_rows=rows[decodes : decodes + prefills].long(),
             prefill_bounds=bounds,
@@ -214,47 +195,7 @@ class PooledLightningAttention:
         if metadata is None:  # vLLM measures memory before there is a pool
             output.zero_()
             return
-        step: LightningMetadata = metadata[self.pools[0].name]
         width = self.state_shape[1] * len(self.pools)
         query, key, value = hidden_states.split([width, width, self.state_shape[2]], dim=-1)
-        decodes, end = len(step.decode_rows), step.num_tokens
-        if decodes:
-            output[:decodes] = self._decode(query[:decodes], key[:decodes], value[:decodes], step)
-        if end > decodes:
-            output[decodes:end] = self._prefill(query[decodes:end], key[decodes:end], value[decodes:end], step)
-
-    def _decode(self, query: Tensor, key: Tensor, value: Tensor, step: LightningMetadata) -> Tensor:
-        """One token of each decode; its state is updated in the pool."""
-        if len(self.pools) == 1:
-            (pool,) = self.pools[0].kv_cache
-            return lightning_attention_step(query, key, value, self.log_decay, pool, state_indices=step.decode_rows)
-        # In float32, so that the sum over cosine and sine is rounded once, as in training.
-        parts = []
-        for state, part_query, part_key in zip(
-            self.pools, query.float().chunk(2, -1), key.float().chunk(2, -1), strict=True
-        ):
-            (pool,) = state.kv_cache
-            parts.append(
-                lightning_attention_step(
-                    part_query, part_key, value.float(), self.log_decay, pool, state_indices=step.decode_rows
-                )
-            )
-        return parts[0] + parts[1]
-
-    def _prefill(self, query: Tensor, key: Tensor, value: Tensor, step: LightningMetadata) -> Tensor:
-        """All prefills of the step in one packed call, each from its state in the pool."""
-        pools = [state.kv_cache[0] for state in self.pools]
-        initial = torch.cat([pool[step.prefill_rows] for pool in pools], dim=2)
-        output, final = lightning_attention(
-            query[None],
-            key[None],
-            value[None],
-            self.log_decay,
-            initial_state=initial,
-            return_final_state=True,
-            cu_seqlens=step.prefill_bounds,
-        )
-        assert final is not None
-        for pool, part in zip(pools, final.chunk(len(pools), dim=2), strict=True):
-            pool[step.prefill_rows] = part
-        return output[0]
+        pools = [pool for state in self.pools for pool in state.kv_cache]
+        attend(metadata[self.pools[0].name], query, key, value, self.log_decay, pools, output)

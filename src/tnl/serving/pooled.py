@@ -1,0 +1,99 @@
+"""The operator over the requests of one step of a server, on states that stay in a pool. Knows no server.
+
+Dimensions: N tokens of the step laid end to end, first those of the decodes (one a request), then those of the
+prefills (any number a request); H heads, E width of a head, P rows of a pool.
+
+A layer with LRPE has keys of 2 E and two pools, the halves of its states `[H, 2 E, E]` that belong to cosine and
+sine: `q S = (q cos) S_cos + (q sin) S_sin`. So all states of a model have one shape, `[H, E, E]`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tnl.ops import lightning_attention, lightning_attention_step
+
+
+@dataclass(frozen=True)
+class PooledStep:
+    """Which rows of the pools the requests of a step have.
+
+    Attributes:
+        decode_rows: Row of each decode, `[decodes]` int32, each at most once; negative for padding.
+        prefill_rows: Row of each prefill, `[prefills]` int64, each at most once.
+        prefill_bounds: Boundaries of the prefills in the tokens after the decodes, `[prefills + 1]` int32, from 0.
+        num_tokens: Tokens of the step; what comes after them is padding and is left alone.
+    """
+
+    decode_rows: Tensor
+    prefill_rows: Tensor
+    prefill_bounds: Tensor
+    num_tokens: int
+
+
+def attend(
+    step: PooledStep,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor | None,
+    pools: Sequence[Tensor],
+    output: Tensor,
+) -> None:
+    """Let each token attend to all that its request has read; move the states on.
+
+    The decodes are one call of :func:`tnl.ops.lightning_attention_step` a pool, the prefills one packed call of
+    :func:`tnl.ops.lightning_attention`. Neither reads nor writes another row of the pools than those of the step.
+
+    Args:
+        step: Rows and boundaries.
+        query: `[N, H, len(pools) E]`; `key` alike.
+        key: `[N, H, len(pools) E]`.
+        value: `[N, H, E]`.
+        log_decay: `[H]` float32, or `None` for no decay.
+        pools: One, or two with LRPE: `[P, H, E, E]` float32, each state contiguous, updated in place.
+        output: `[N, H, E]`, written in place.
+    """
+    decodes, end = len(step.decode_rows), step.num_tokens
+    if decodes:
+        output[:decodes] = _decode(step, query[:decodes], key[:decodes], value[:decodes], log_decay, pools)
+    if end > decodes:
+        tokens = slice(decodes, end)
+        output[tokens] = _prefill(step, query[tokens], key[tokens], value[tokens], log_decay, pools)
+
+
+def _decode(
+    step: PooledStep, query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None, pools: Sequence[Tensor]
+) -> Tensor:
+    if len(pools) == 1:
+        return lightning_attention_step(query, key, value, log_decay, pools[0], state_indices=step.decode_rows)
+    # In float32, so that the sum of the halves is rounded once, as in training.
+    query, key, value = query.float(), key.float(), value.float()
+    parts = zip(query.chunk(len(pools), -1), key.chunk(len(pools), -1), pools, strict=True)
+    outputs = [
+        lightning_attention_step(part_query, part_key, value, log_decay, pool, state_indices=step.decode_rows)
+        for part_query, part_key, pool in parts
+    ]
+    return torch.stack(outputs).sum(0)
+
+
+def _prefill(
+    step: PooledStep, query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None, pools: Sequence[Tensor]
+) -> Tensor:
+    rows = step.prefill_rows
+    initial = pools[0][rows] if len(pools) == 1 else torch.cat([pool[rows] for pool in pools], dim=2)
+    output, final = lightning_attention(
+        query[None],
+        key[None],
+        value[None],
+        log_decay,
+        initial_state=initial,
+        return_final_state=True,
+        cu_seqlens=step.prefill_bounds,
+    )
+    assert final is not None
+    for pool, part in zip(pools, final.chunk(len(pools), dim=2), strict=True):
+        pool[rows] = part
+    return output[0]
