@@ -227,10 +227,12 @@ def take_step(run: Run, step: int, batches: list[Batch], stop: threading.Event) 
         (part * ranks.size).backward()  # FSDP2 takes the mean over the processes
         loss += part.detach()
     parameters = [parameter for parameter in run.model.parameters() if parameter.grad is not None]
-    norm = nn.utils.clip_grad_norm_(parameters, settings.optimizer.clip_norm or math.inf)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     gradient_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     mean = ranks.sum(loss).item()
     if math.isfinite(mean) and math.isfinite(gradient_norm):
+        if settings.optimizer.clip_norm:
+            nn.utils.clip_grads_with_norm_(parameters, settings.optimizer.clip_norm, norm)
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(settings.optimizer, step, settings.steps)
         run.optimizer.step()
@@ -238,16 +240,30 @@ def take_step(run: Run, step: int, batches: list[Batch], stop: threading.Event) 
     else:
         progress.skipped_steps += 1
         progress.skipped_in_a_row += 1
-        run.report.say(f"skipped step {step}: loss {mean}, gradient norm {gradient_norm}")
+        seen = f"loss {mean}, gradient norm {gradient_norm}{name_gradients(run.model)}"
+        run.report.say(f"skipped step {step}: {seen}")
         if progress.skipped_in_a_row >= settings.max_skipped_steps:
             run.checkpoints.finish()
             good = run.checkpoints.newest() or "none was written"
             raise FloatingPointError(
-                f"loss or gradient was not finite in {progress.skipped_in_a_row} steps in a row; "
-                f"the last good checkpoint: {good}"
+                f"loss or gradient was not finite in {progress.skipped_in_a_row} steps in a row, at step {step}: "
+                f"{seen}; the last good checkpoint: {good}"
             )
     run.optimizer.zero_grad()
     return StepResult(mean, gradient_norm, tokens, stops > 0)
+
+
+def name_gradients(model: nn.Module, most: int = 3) -> str:
+    """Names the first parameters whose gradient is not finite (of several processes: in the part of this one)."""
+    names = []
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
+        if gradient is not None and not gradient.isfinite().all():
+            names.append(name.replace("_orig_mod.", ""))
+    if not names:
+        return ""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f", not finite in the gradients of {', '.join(names[:most])}{more}"
 
 
 def mean_loss(run: Run, batch: Batch, tokens: int) -> torch.Tensor:
