@@ -32,8 +32,9 @@ torch.library.define(
     "str backend, bool transposed=False, Tensor(b!)? states=None) -> Tensor",
 )
 attention_operator = torch.ops.tnl.lightning_attention.default
-attention_backward = torch.ops.tnl.lightning_attention_backward.default
-step = torch.ops.tnl.lightning_attention_step.default
+attention_backward_operator = torch.ops.tnl.lightning_attention_backward.default
+step_operator = torch.ops.tnl.lightning_attention_step.default
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 @functools.cache
@@ -42,6 +43,21 @@ def _implementation(backend: str, decode: bool = False) -> ModuleType:
     if backend == "torch":
         return lightning_torch
     return import_module("tnl.ops.lightning_step_triton" if decode else "tnl.ops.lightning_triton")
+
+
+def _is_watched(tensors: tuple[Any, ...]) -> bool:
+    """Whether something looks at a program's operators: a compiler, tracer, mode, transform or subclass of Tensor.
+
+    Where nothing does, a call goes straight to its implementation, since the dispatcher takes as long as all else that
+    the host does.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or not all(x is None or type(x) in _PLAIN for x in tensors)
+    )
 
 
 def _state_shape(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, transposed: bool) -> tuple[Any, ...]:
@@ -193,7 +209,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        o, final_state = _below_autograd(attention_operator, arguments)
+        o, final_state = _call_below_autograd(arguments)
         q, k, v, log_decay, initial_state, cu_seqlens, *ctx.options = arguments
         ctx.need_decay = ctx.needs_input_grad[3]
         kept = final_state if ctx.need_decay and ctx.options[1] else None
@@ -211,14 +227,12 @@ class _Attention(torch.autograd.Function):
             do = q.new_zeros(*q.shape[:-1], v.shape[-1])
         elif do.stride(-1) != 1:
             do = do.contiguous()
-        dq, dk, dv, dlog_decay, dinitial_state = attention_backward(
+        dq, dk, dv, *others = attention_backward(
             do, dfinal_state, q, k, v, log_decay, initial_state, final_state, cu_seqlens, scale, ctx.need_decay,
             backend, transposed,
         )  # fmt: skip
-        if not ctx.need_decay:
-            dlog_decay = None
-        if initial_state is None:
-            dinitial_state = None
+        dlog_decay = others[0] if ctx.need_decay else None
+        dinitial_state = None if initial_state is None else others[1]
         return dq, dk, dv, dlog_decay, dinitial_state, None, None, None, None, None
 
 
@@ -232,11 +246,34 @@ def _wants_gradient(tensors: tuple[Any, ...]) -> bool:
     return False
 
 
+def _call_below_autograd(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    if _is_watched(arguments[:6]):
+        return _below_autograd(attention_operator, arguments)
+    return _forward(*arguments)
+
+
 def attention(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """The operator, without the way through its autograd kernel where no gradient is wanted: host time."""
-    if torch.compiler.is_compiling() or _wants_gradient(arguments[:5]):
+    """The operator, by the shortest way."""
+    if torch.compiler.is_compiling():
         return attention_operator(*arguments)
-    return _below_autograd(attention_operator, arguments)
+    if not _wants_gradient(arguments[:5]):
+        return _call_below_autograd(arguments)
+    return attention_operator(*arguments) if _is_watched(arguments[:6]) else _Attention.apply(*arguments)
+
+
+def attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """Its gradient, by the shortest way."""
+    # torch.autograd.grad(is_grads_batched=True) calls with batched gradients that are none of those
+    batched = any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in arguments[:2])
+    if batched or torch.is_grad_enabled() or _is_watched(arguments[:9]):
+        return attention_backward_operator(*arguments)
+    return _backward(*arguments)
+
+
+def step(*arguments: Any) -> Tensor:
+    """The decoding step, by the shortest way."""
+    tensors = (*arguments[:5], arguments[6], arguments[9])
+    return step_operator(*arguments) if _is_watched(tensors) else _step(*arguments)
 
 
 def _autograd(
@@ -264,7 +301,7 @@ class _AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        return _below_autograd(attention_backward, arguments)
+        return _below_autograd(attention_backward_operator, arguments)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
@@ -277,7 +314,7 @@ class _AttentionBackward(torch.autograd.Function):
 def _autograd_backward(*arguments: Any) -> tuple[Tensor, ...]:
     if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
         return _AttentionBackward.apply(*arguments)
-    return _below_autograd(attention_backward, arguments)
+    return _below_autograd(attention_backward_operator, arguments)
 
 
 torch.library.impl("tnl::lightning_attention", "Autograd")(_autograd)
@@ -335,7 +372,7 @@ def _backward_vmap(info: Any, dims: tuple[int | None, ...], *arguments: Any) -> 
     size, per_head = info.batch_size, tensors[5] is not None and tensors[5].dim() - (dims[5] is not None) == 1
     folded = [None if i == 5 else _fold(x, dims[i], size) for i, x in enumerate(tensors)]
     folded[5] = _fold_decay(tensors[5], dims[5], folded[2], size, per_token=need_decay)
-    gradients = attention_backward(*folded, None, scale, need_decay, backend, transposed)
+    gradients = attention_backward_operator(*folded, None, scale, need_decay, backend, transposed)
     *gradients, dlog_decay, dinitial_state = (x.unflatten(0, (size, -1)) if x.numel() else x for x in gradients)
     if need_decay and per_head:
         dlog_decay = dlog_decay.sum((1, 2))
