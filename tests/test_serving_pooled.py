@@ -1,0 +1,111 @@
+"""Steps of a server on pooled states against the operator on whole texts. Tiers T0, T1 (the kernels interpreted)."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tnl.ops import lightning_attention, lightning_attention_step
+from tnl.serving import pooled
+from tnl.serving.pooled import PooledStep, attend
+
+HEADS, WIDTH, ROWS = 2, 16, 12
+LENGTHS = (1, 5, 20, 36)
+DECAY = -torch.tensor([0.5, 0.01])
+
+
+def texts(parts: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    widths = (WIDTH * parts, WIDTH * parts, WIDTH)
+    q, k, v = ([torch.randn(n, HEADS, width, generator=generator) for n in LENGTHS] for width in widths)
+    return list(zip(q, k, v, strict=True))
+
+
+def whole(text: tuple[Tensor, Tensor, Tensor], log_decay: Tensor | None) -> Tensor:
+    q, k, v = (x[None] for x in text)
+    return lightning_attention(q, k, v, log_decay)[0][0]
+
+
+def one_step(
+    decodes: list[int],
+    prefills: dict[int, int],
+    read: list[int],
+    inputs: list[tuple[Tensor, Tensor, Tensor]],
+    pools: list[Tensor],
+    rows: list[int],
+    log_decay: Tensor | None,
+    padding: int = 0,
+) -> dict[int, Tensor]:
+    """Outputs by text; `read` moves on. `padding` rows and tokens come after the decodes, as in a CUDA graph."""
+    counts = dict.fromkeys(decodes, 1) | prefills
+    pieces = [[x[read[i] : read[i] + n] for x in inputs[i]] for i, n in counts.items()]
+    filler = [x.new_full((padding, *x.shape[1:]), torch.nan) for x in inputs[0]]
+    q, k, v = (torch.cat([*(piece[j] for piece in pieces), filler[j]]) for j in range(3))
+    output = torch.full_like(v, torch.nan)
+    step = PooledStep(
+        decode_rows=torch.tensor([rows[i] for i in decodes] + [-1] * padding, dtype=torch.int32),
+        prefill_rows=torch.tensor([rows[i] for i in prefills], dtype=torch.int64),
+        prefill_bounds=torch.tensor([0, *prefills.values()]).cumsum(0).int(),
+        num_tokens=sum(counts.values()) + padding,
+    )
+    attend(step, q, k, v, log_decay, pools, output)
+    found = {}
+    begin = 0
+    for i, n in counts.items():
+        found[i] = output[begin : begin + n]
+        begin, read[i] = begin + n, read[i] + n
+    return found
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("log_decay", [None, DECAY], ids=["no decay", "decay"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_chunks_and_decodes_mixed_equal_the_whole(
+    parts: int, log_decay: Tensor | None, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, function in (
+        ("lightning_attention", lightning_attention),
+        ("lightning_attention_step", lightning_attention_step),
+    ):
+        monkeypatch.setattr(
+            pooled, name, lambda *args, function=function, **options: function(*args, **options, backend=backend)
+        )
+    inputs, rows, read = texts(parts), [7, 2, 11, 5], [0] * len(LENGTHS)
+    pools = [torch.full((ROWS, HEADS, WIDTH, WIDTH), torch.nan) for _ in range(parts)]  # a stranger's row is seen
+    for pool in pools:
+        pool[rows] = 0
+    outputs: dict[int, list[Tensor]] = {i: [] for i in range(len(LENGTHS))}
+    while any(done < length for done, length in zip(read, LENGTHS, strict=True)):
+        going = [i for i, length in enumerate(LENGTHS) if read[i] < length]
+        decodes = [i for i in going if read[i] == 0 and LENGTHS[i] == 1] + [i for i in going if read[i] >= 20]
+        prefills = {i: min(12, LENGTHS[i] - read[i]) for i in going if i not in decodes}
+        if read[3] > 28:  # the rest is decoded alone, padded
+            decodes, prefills = [3], {}
+        padding = 0 if prefills else 2
+        for i, found in one_step(decodes, prefills, read, inputs, pools, rows, log_decay, padding).items():
+            outputs[i].append(found)
+    for i, text in enumerate(inputs):
+        torch.testing.assert_close(torch.cat(outputs[i]), whole(text, log_decay), rtol=1e-4, atol=1e-4)
+    others = [row for row in range(ROWS) if row not in rows]
+    assert all(pool[others].isnan().all() for pool in pools)
+
+
+def test_tokens_after_the_step_are_left_alone() -> None:
+    q, k, v = texts(1)[1]
+    output = torch.full_like(v, 7.0)
+    step = PooledStep(torch.tensor([], dtype=torch.int32), torch.tensor([0]), torch.tensor([0, 3]).int(), 3)
+    attend(step, q, k, v, DECAY, [torch.zeros(1, HEADS, WIDTH, WIDTH)], output)
+    assert (output[3:] == 7).all()
+    assert (output[:3] != 7).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_with_two_pools_is_rounded_once(dtype: torch.dtype) -> None:
+    q, k, v = (x.to(dtype) for x in texts(2)[1])
+    exact = whole((q.double(), k.double(), v.double()), DECAY.double())
+    pools = [torch.zeros(1, HEADS, WIDTH, WIDTH) for _ in range(2)]
+    rows, output = torch.zeros(1, dtype=torch.int32), torch.empty_like(v)
+    empty = PooledStep(rows, torch.tensor([], dtype=torch.int64), torch.zeros(1, dtype=torch.int32), 1)
+    for t in range(len(q)):
+        attend(empty, q[t : t + 1], k[t : t + 1], v[t : t + 1], DECAY, pools, output[t : t + 1])
+    half_a_unit = torch.finfo(dtype).eps / 2
+    assert ((output.double() - exact).abs() <= 1.01 * half_a_unit * exact.abs() + 1e-5).all()
