@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, get_args, get_type_hints
 
+from tnl.compression.settings import CompressSettings, ExpandSettings
+from tnl.serving.chat import ChatSettings
 from tnl.training.config import EvaluationSettings, GenerationSettings, PlanSettings, PrepareSettings, TrainSettings
 
 
@@ -18,13 +20,14 @@ class Command:
     """A sub-command: its help, its settings (None: it has none) and the function to call, as `module:name`.
 
     Fields of the settings without a default are given by their place on the command line; `several` is the help of
-    a last one that takes any number of values.
+    a last one that takes any number of values. With `own_arguments` the function gets the rest of the command line.
     """
 
     help: str
     settings: type | None
     function: str
     several: dict[str, str] = dataclasses.field(default_factory=dict)
+    own_arguments: bool = False
 
     def call(self, *arguments: Any) -> None:
         """Import the function and call it."""
@@ -44,6 +47,13 @@ COMMANDS = {
         {"data": "Sources of text, as in `data.train` of `tnl train`."},
     ),
     "generate": Command("continue a text", GenerationSettings, "tnl.training.generation:generate"),
+    "serve": Command(
+        "serve a model with vLLM: tnl serve MODEL [options of vLLM]",
+        None,
+        "tnl.serving.server:serve",
+        own_arguments=True,
+    ),
+    "chat": Command("talk with a model, on a server or loaded here", ChatSettings, "tnl.serving.chat:chat"),
     "prepare": Command(
         "turn text into token shards that training maps into memory",
         PrepareSettings,
@@ -55,6 +65,14 @@ COMMANDS = {
         PlanSettings,
         "tnl.training.plan:plan",
         {"gpus": "Numbers of GPUs, one column each."},
+    ),
+    "compress": Command(
+        "store the large matrices of a TNL as tensor networks: tnl compress MODEL --budget 0.5 --data TEXT",
+        CompressSettings,
+        "tnl.compression.compress:compress",
+    ),
+    "expand": Command(
+        "give a compressed TNL its dense matrices back", ExpandSettings, "tnl.compression.compress:expand"
     ),
     "presets": Command("list the model sizes that have a name", None, "tnl.training.model:print_presets"),
 }
@@ -90,9 +108,11 @@ def parse(arguments: list[str]) -> tuple[str, list[Any]]:
 
     from jsonargparse import ArgumentParser
 
+    if arguments and arguments[0] in COMMANDS and COMMANDS[arguments[0]].own_arguments:
+        return arguments[0], [arguments[1:]]
     parser = ArgumentParser(
         prog="tnl",
-        description="Train, evaluate and generate with TNL language models. --traceback shows where an error arose.",
+        description="Train, evaluate, compress, generate: TNL language models. --traceback shows where an error arose.",
         exit_on_error=False,
     )
     commands = parser.add_subcommands(required=True, dest="command")

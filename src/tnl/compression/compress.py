@@ -1,0 +1,331 @@
+"""`tnl compress` and `tnl expand`: a trained TNL into one whose large matrices are tensor networks, and back."""
+
+import contextlib
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+import tnss
+from tnl.compression.allocation import allocate
+from tnl.compression.fixed import fixed_network
+from tnl.compression.matrices import Matrix, Option, dense_state, find_matrices, front, meaningful_cuts
+from tnl.compression.metric import Metric
+from tnl.compression.moments import Moments, combined, gather_moments
+from tnl.compression.report import write_report
+from tnl.compression.settings import CompressSettings, ExpandSettings
+from tnl.compression.structures import Finding, Fits, foldings_of, scaled, search_structures, worth_fitting
+from tnl.compression.text import Rows, bits_per_byte, read_rows
+from tnl.models import TnlForCausalLM
+from tnl.models.tnl.matrix_network import TensorNetworkEmbedding, TensorNetworkLinear
+from tnl.training.data import describe_source
+from tnl.training.model import choose_device, find_model_folder, load_model, save_model
+from tnss.executor import Executor
+
+BATCH_TOKENS = 4096  # of calibration and measuring
+MEASURED_SHARE = 4  # calibration tokens for each token on which quality is measured
+
+
+@dataclass
+class Job:
+    """What a compression works with.
+
+    Attributes:
+        settings: As given.
+        model: The dense model, in float32.
+        tokenizer: Its tokenizer.
+        work: Folder of what has been computed.
+        identity: What decides all that is computed from the model.
+        progress: The display.
+    """
+
+    settings: CompressSettings
+    model: TnlForCausalLM
+    tokenizer: PreTrainedTokenizerBase
+    work: Path
+    identity: str
+    progress: Progress
+
+    @contextlib.contextmanager
+    def task(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A line of the display; what it gives is called with the units done since the last call."""
+        number = self.progress.add_task(what, total=total)
+        yield lambda done: self.progress.advance(number, done)
+        self.progress.update(number, completed=total)
+
+
+def compress(settings: CompressSettings) -> Path:
+    """Compress a model and write it with a report.
+
+    Returns:
+        The folder of the compressed model.
+
+    Raises:
+        ValueError: A model that is not a TNL or is compressed already, a budget that cannot be met, or no text.
+        OSError: A source that cannot be read, or a folder that cannot be written.
+    """
+    console = Console(stderr=True)
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        job = open_job(settings, progress)
+        calibration, measured = read_text(job)
+        names = matrix_names(job)
+        budget = parameter_budget(job, names)
+        moments = second_moments(job, list(names), calibration)
+        matrices = describe_matrices(job, names, moments)
+        findings = add_networks(job, matrices)
+        chosen = choose(job, matrices, budget)
+        before = measure(job, job.model, measured, "measuring the original")
+        model = build(job, matrices, chosen)
+        after = measure(job, model, measured, "measuring the compressed")
+        folder = Path(settings.output) / "model"
+        save_model(model, job.tokenizer, folder)
+    write_report(settings, matrices, chosen, findings, before, after, Path(settings.output))
+    console.print(f"wrote {folder}")
+    return folder
+
+
+def open_job(settings: CompressSettings, progress: Progress) -> Job:
+    """Load the model and open the folder of work."""
+    folder = find_model_folder(settings.model)
+    model, tokenizer = load_model(settings.model, choose_device(settings.device), "float32")
+    if not isinstance(model, TnlForCausalLM):
+        raise ValueError(f"model: expected a TNL, got {type(model).__name__} in {folder}")
+    if model.config.tensor_networks:
+        raise ValueError(f"model: expected a TNL with dense matrices (tnl expand makes one), got {folder}")
+    if Path(settings.output).resolve() in (folder.resolve(), folder.resolve().parent):
+        raise ValueError(f"output: expected another folder than the model's, got {settings.output}")
+    work = Path(settings.output) / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    decisive: list[Any] = [settings.weighting, settings.damping, settings.seed, settings.calibration_tokens]
+    decisive += [settings.sequence_length, settings.pinned, settings.data]
+    description = json.dumps([describe_source(str(folder)), *decisive])
+    return Job(settings, model, tokenizer, work, hashlib.sha256(description.encode()).hexdigest(), progress)
+
+
+def read_text(job: Job) -> tuple[Rows | None, Rows | None]:
+    """Rows for calibration and for measuring quality; without any text neither."""
+    settings = job.settings
+    length = settings.sequence_length
+    count = max(1, settings.calibration_tokens // length)
+    measured = max(1, count // MEASURED_SHARE)
+    calibration = held_out = None
+    if settings.data:
+        own = 0 if settings.held_out else measured
+        calibration = read_rows(settings.data, job.tokenizer, count + own, length, settings.seed)
+        if own:
+            calibration, held_out = calibration.split(max(1, len(calibration.tokens) - own))
+    if settings.held_out:
+        held_out = read_rows(settings.held_out, job.tokenizer, measured, length, settings.seed)
+    return calibration, held_out if held_out is not None and len(held_out.tokens) else None
+
+
+def matrix_names(job: Job) -> dict[str, str]:
+    """Names and kinds of the matrices to compress."""
+    found = find_matrices(job.model)
+    names = {name: kind for name, kind in found.items() if kind in job.settings.kinds}
+    if not names:
+        there = ", ".join(dict.fromkeys(found.values()))
+        raise ValueError(f"kinds: expected some of {there}, which the model has, got {job.settings.kinds}")
+    return names
+
+
+def parameter_budget(job: Job, names: dict[str, str]) -> int:
+    """The budget as a number of parameters.
+
+    Raises:
+        ValueError: It is below what rank 1 needs everywhere.
+    """
+    shapes = [tuple(dense_state(job.model.get_submodule(name)).shape) for name in names]
+    dense = sum(m * n for m, n in shapes)
+    least = sum(m + n - int(job.settings.pinned) for m, n in shapes)
+    budget = int(job.settings.budget * dense)
+    if budget < least:
+        raise ValueError(
+            f"budget: expected at least {least / dense:.4f} (rank 1 in all {len(shapes)} matrices), "
+            f"got {job.settings.budget}"
+        )
+    return budget
+
+
+def second_moments(job: Job, names: list[str], rows: Rows | None) -> dict[str, Moments]:
+    """Moments of the matrices, from the folder of work where they are there; empty without text."""
+    if rows is None:
+        return {}
+    path = job.work / "moments.safetensors"
+    wanted = list(names)
+    if job.model.config.tie_word_embeddings and "model.embed_tokens" in names:
+        wanted.append("lm_head")
+    if path.exists():
+        with safe_open(path, framework="pt") as file:
+            there = set(file.keys())
+            if file.metadata().get("identity") == job.identity and all(f"{n}.rows" in there for n in wanted):
+                return {n: Moments(file.get_tensor(f"{n}.rows"), file.get_tensor(f"{n}.columns")) for n in wanted}
+    batches = rows.tokens.split(max(1, BATCH_TOKENS // rows.tokens.shape[1]))
+    with job.task("second moments", rows.tokens.numel()) as advance:
+        moments = gather_moments(job.model, wanted, batches, advance)
+    tensors: dict[str, Tensor] = {}
+    for name, moment in moments.items():
+        tensors |= {f"{name}.rows": moment.rows, f"{name}.columns": moment.columns}
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, metadata={"identity": job.identity})
+    partial.replace(path)
+    return moments
+
+
+def describe_matrices(job: Job, names: dict[str, str], moments: dict[str, Moments]) -> list[Matrix]:
+    """The matrices with their metrics."""
+    settings, device = job.settings, job.model.device
+    matrices = []
+    for name, kind in names.items():
+        weight = dense_state(job.model.get_submodule(name))
+        shape = (int(weight.shape[0]), int(weight.shape[1]))
+        own = moments.get(name)
+        if name == "model.embed_tokens" and "lm_head" in moments and "lm_head" not in names and own is not None:
+            own = combined(own, moments["lm_head"])
+        metric = Metric.of(own, shape, settings.weighting, settings.damping).to(device)
+        matrices.append(Matrix(name, kind, weight, metric, *meaningful_cuts(job.model, kind, shape)))
+    return matrices
+
+
+def add_networks(job: Job, matrices: list[Matrix]) -> list[Finding]:
+    """Fit networks to the matrices, as the method says; what was found on the way."""
+    settings = job.settings
+    fits = Fits(job.work, job.identity, settings)
+    if settings.method in ("ring", "train"):
+        with job.task(f"fixed {settings.method}", len(matrices)) as advance:
+            for matrix in matrices:
+                network = fixed_network(matrix, settings.method, settings.budget, settings.pinned)
+                if network is not None:
+                    matrix.networks.append(fits.fit(matrix, network))
+                advance(1)
+        return []
+    if settings.method == "svd":
+        return []
+    groups: dict[str, list[Matrix]] = {}
+    for matrix in matrices:  # matrices of a kind may differ in shape, as in hybrid stacks
+        key = f"{matrix.kind} {matrix.shape}" if settings.share else matrix.name
+        groups.setdefault(key, []).append(matrix)
+    executor = make_executor(settings)
+    searched = {key: members[len(members) // 2] for key, members in groups.items()}
+    foldings = {key: foldings_of(matrix, settings) for key, matrix in searched.items()}
+    found: dict[str, list[tuple[Finding, Option | None]]] = {}
+    with job.task("searching structures", sum(map(len, foldings.values()))) as advance:
+        for key, matrix in searched.items():
+            found[key] = []
+            for folding in foldings[key]:
+                found[key].append(search_structures(matrix, folding, fits, executor))
+                advance(1)
+    families = {key: [n for good in worth_fitting(results) for n in scaled(good)] for key, results in found.items()}
+    with job.task("fitting networks", sum(len(families[key]) * len(groups[key]) for key in groups)) as advance:
+        for key, members in groups.items():
+            searched[key].networks += [option for _, option in found[key] if option is not None]
+            for matrix in members:
+                for network in families[key]:
+                    matrix.networks.append(fits.fit(matrix, network))
+                    advance(1)
+    return [finding for results in found.values() for finding, _ in results]
+
+
+def make_executor(settings: CompressSettings) -> Executor:
+    """The executor that the settings name."""
+    workers = settings.workers or None
+    if settings.executor == "joblib":
+        return tnss.Joblib(workers)
+    if settings.executor == "ray":
+        return tnss.Ray(tasks=workers)
+    return tnss.Local()
+
+
+def choose(job: Job, matrices: list[Matrix], budget: int) -> list[Option]:
+    """An option for each matrix, within the budget."""
+    settings = job.settings
+    options = [matrix.options(settings.pinned) for matrix in matrices]
+    if settings.method in ("ring", "train"):  # the fixed network, or a decomposition where there is no room for one
+        options = [matrix.networks or choices for matrix, choices in zip(matrices, options, strict=True)]
+    if settings.allocation == "pareto" and settings.method in ("search", "svd"):
+        picks = allocate([front(choices) for choices in options], budget)
+        return [choices[pick] for choices, pick in zip(options, picks, strict=True)]
+    chosen = []
+    for matrix, choices in zip(matrices, options, strict=True):
+        share = max(int(settings.budget * matrix.weight.numel()), min(option.parameters for option in choices))
+        chosen.append(min((o for o in choices if o.parameters <= share), key=lambda o: o.error))
+    return chosen
+
+
+def build(job: Job, matrices: list[Matrix], chosen: list[Option]) -> TnlForCausalLM:
+    """The compressed model, in float32."""
+    networks: dict[str, Any] = {}
+    state: dict[str, Tensor] = dict(job.model.state_dict())
+    for matrix, option in zip(matrices, chosen, strict=True):
+        if option.kind == "dense":
+            continue
+        network, module_state = matrix.make(option, job.settings.pinned)
+        networks[matrix.name] = network.to_dict()
+        names = [matrix.name]
+        if matrix.kind == "embedding" and job.model.config.tie_word_embeddings:
+            names.append("lm_head")
+        for name in names:
+            state.pop(f"{name}.weight", None)
+            for key, tensor in module_state.items():
+                state[f"{name}.{key}"] = tensor.float() if tensor.is_floating_point() else tensor
+    config = copy.deepcopy(job.model.config)
+    config.tensor_networks = networks or None
+    model = TnlForCausalLM(config).to(job.model.device)
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def measure(job: Job, model: TnlForCausalLM, rows: Rows | None, what: str) -> float | None:
+    """Bits per byte on the rows."""
+    if rows is None:
+        return None
+    with job.task(what, rows.tokens.numel()) as advance:
+        return bits_per_byte(model, rows, max(1, BATCH_TOKENS // rows.tokens.shape[1]), advance)
+
+
+def expand(settings: ExpandSettings) -> Path:
+    """Write a compressed model with dense matrices, which needs nothing of tensor networks to be read.
+
+    Raises:
+        ValueError: The model is not a TNL.
+        OSError: The model cannot be read or written.
+    """
+    folder = find_model_folder(settings.model)
+    model, tokenizer = load_model(settings.model, choose_device("cpu"), "float32")
+    if not isinstance(model, TnlForCausalLM):
+        raise ValueError(f"model: expected a TNL, got {type(model).__name__} in {folder}")
+    output = Path(settings.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_model(densify(model), tokenizer, output)
+    Console(stderr=True).print(f"wrote {output}")
+    return output
+
+
+@torch.no_grad()
+def densify(model: TnlForCausalLM) -> TnlForCausalLM:
+    """The same model with dense matrices."""
+    state: dict[str, Tensor] = {}
+    networked = {n: m for n, m in model.named_modules() if isinstance(m, TensorNetworkLinear | TensorNetworkEmbedding)}
+    for name, tensor in model.state_dict().items():
+        owner = name.rpartition(".")[0]
+        if owner in networked:
+            state[f"{owner}.weight"] = networked[owner].dense()
+        else:
+            state[name] = tensor
+    config = copy.deepcopy(model.config)
+    config.tensor_networks = None
+    dense = TnlForCausalLM(config).to(device=model.device, dtype=model.dtype)
+    dense.load_state_dict(state)
+    return dense.eval()

@@ -1,0 +1,219 @@
+"""Structures for the matrices of a kind: searched on one of them, fitted to all.
+
+On one matrix every folding that could beat truncated singular value decomposition is searched by `tnss` in the metric
+that its cores can absorb; the best structures are fitted again in the true metric. What is then not clearly worse
+than a decomposition of the same size is fitted to the other matrices of the kind, with all ranks also scaled down and
+up, so that the budget can be spent in several ways.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import tnss
+from tnl.compression.fitting import refine
+from tnl.compression.foldings import Folding, WhitenedTensor, propose_foldings
+from tnl.compression.matrices import Matrix, Option, stored
+from tnl.compression.settings import CompressSettings
+from tnl.models.tnl.matrix_network import MatrixNetwork
+from tnss.executor import Executor
+
+SCALES = (0.6, 0.8, 1.25)  # of the ranks of a structure that was found, beside 1
+COMPLETE_ORDER = 4  # up to this order any graph is searched, above it rings
+LARGEST_RANK = 512
+REFINED = 3  # structures of a search that are fitted in the true metric
+WORTH_FITTING = 1.1  # times the error of a decomposition of the same size
+KEPT = 2  # structures of a kind that are fitted to all of its matrices
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What came of one folding of one matrix, errors relative to a matrix of zeros.
+
+    Attributes:
+        matrix: Name of the matrix that was searched.
+        kind: Its kind.
+        folding: How it was folded (`i`: factors of rows, `j`: of columns).
+        bound: No structure of this space and size is below this, in the metric of the search.
+        svd_in_search_metric: Error of the truncated decomposition of the same size in that metric.
+        parameters: Of the best structure, as stored.
+        error: Of the best structure in the true metric; NaN where the bound ruled the folding out.
+        svd_error: Of the decomposition of the same size in the true metric.
+        evaluations: Structures that were fitted.
+        structure: The best one, `vertex-vertex:rank`.
+    """
+
+    matrix: str
+    kind: str
+    folding: str
+    bound: float
+    svd_in_search_metric: float
+    parameters: int
+    error: float
+    svd_error: float
+    evaluations: int
+    structure: str
+
+
+@dataclass(frozen=True)
+class Fits:
+    """Fits of structures to matrices, kept in files so that a run that was stopped goes on.
+
+    Attributes:
+        folder: Where the files lie.
+        identity: What, besides matrix and structure, decides a fit.
+        settings: Seeds, device, pinning.
+    """
+
+    folder: Path
+    identity: str
+    settings: CompressSettings
+
+    def fit(self, matrix: Matrix, network: MatrixNetwork, start: list[Tensor] | None = None) -> Option:
+        """The network fitted to the matrix in its metric, from given cores or from those `tnss` finds."""
+        key = json.dumps([self.identity, matrix.name, network.to_dict(), start is not None])
+        path = self.folder / f"fit-{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
+        device = matrix.weight.device
+        if path.exists():
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                cores = [file.get_tensor(f"core.{vertex}") for vertex in range(network.structure.vertices)]
+                error = float(file.metadata()["error"])
+        else:
+            if start is None:
+                start = fitted_cores(matrix, network, self.settings)
+            cores, error = refine(matrix.weight, matrix.metric, network, [core.to(device) for core in start])
+            partial = path.with_suffix(".partial")
+            tensors = {f"core.{vertex}": core.cpu().contiguous() for vertex, core in enumerate(cores)}
+            save_file(tensors, partial, metadata={"error": repr(error)})
+            partial.replace(path)
+        return Option("network", stored(network, self.settings.pinned), error, network=network, cores=tuple(cores))
+
+
+def als(settings: CompressSettings, device: torch.device) -> tnss.ALS:
+    """How structures are fitted in a search: what remains to be gained is left to the fit in the true metric."""
+    return tnss.ALS(restarts=2, sweeps=30, polish=0, progress=1e-2, device=device.type)
+
+
+def fitted_cores(matrix: Matrix, network: MatrixNetwork, settings: CompressSettings) -> list[Tensor]:
+    """Cores of a given structure by alternating least squares in the metric that they can absorb."""
+    folding = Folding(network.shape, network.rows, network.columns, network.modes)
+    whitened = WhitenedTensor(matrix.weight, matrix.metric, folding, settings.damping)
+    fitter = tnss.Fitter(whitened.tensor.cpu(), als(settings, matrix.weight.device))
+    (fitted,) = fitter.fit([tnss.FitRequest(network.structure, settings.seed)])
+    return whitened.undo([core.to(matrix.weight.device) for core in fitted.cores], network)
+
+
+def foldings_of(matrix: Matrix, settings: CompressSettings) -> list[Folding]:
+    """The foldings of a matrix that are searched."""
+    return propose_foldings(matrix.shape, settings.orders, matrix.row_cuts, matrix.column_cuts)
+
+
+def search_structures(
+    matrix: Matrix, folding: Folding, fits: Fits, executor: Executor
+) -> tuple[Finding, Option | None]:
+    """Search one folding of a matrix for structures within the budget's share of its parameters.
+
+    Args:
+        matrix: The matrix.
+        folding: How it becomes a tensor.
+        fits: Where fits are kept.
+        executor: Where structures are fitted in a search.
+
+    Returns:
+        What was found, and the best option where there is one.
+    """
+    settings = fits.settings
+    budget = int(settings.budget * matrix.weight.numel())
+    whitened = WhitenedTensor(matrix.weight, matrix.metric, folding, settings.damping)
+    largest = max(1, min(LARGEST_RANK, budget // sum(folding.sizes)))
+    space = tnss.Complete(largest) if len(folding.sizes) <= COMPLETE_ORDER else tnss.Ring(largest)
+    bound = math.inf if budget < sum(folding.sizes) else whitened.bound(space, budget)
+    truncated_error = whitened.truncated_error(matrix.rank_within(budget, settings.pinned))
+    option, evaluations = None, 0
+    if bound < truncated_error:
+        option, evaluations = _search(matrix, whitened, space, budget, fits, executor)
+    return _finding(matrix, folding, bound, truncated_error, option, evaluations, settings.pinned), option
+
+
+def _search(
+    matrix: Matrix,
+    whitened: WhitenedTensor,
+    space: tnss.Ring | tnss.Complete,
+    budget: int,
+    fits: Fits,
+    executor: Executor,
+) -> tuple[Option | None, int]:
+    """The best option after the best structures of a search were fitted in the true metric."""
+    settings, device = fits.settings, matrix.weight.device
+    result = tnss.search(
+        whitened.tensor,
+        space,
+        tnss.ParameterBudget(int(budget * _slack(whitened.folding, budget))),
+        fit=als(settings, device),
+        budget=tnss.Budget(settings.evaluations),
+        executor=executor,
+        cache=fits.folder / "searches.sqlite",
+        seed=settings.seed,
+    )
+    best = None
+    allowed = [network for network in result.networks if math.isfinite(network.objective)]
+    for found in sorted(allowed, key=lambda network: network.rse)[:REFINED]:
+        network = whitened.folding.network(found.structure)
+        start = whitened.undo([core.to(device) for core in found.cores], network)
+        option = fits.fit(matrix, network, start)
+        if best is None or option.error < best.error:
+            best = option
+    return best, len(result.history)
+
+
+def _slack(folding: Folding, budget: int) -> float:
+    """About how many more parameters a network may have before it is pinned: those of a matrix, at most 12 %."""
+    m, n = folding.shape
+    rank = budget / (m + n)
+    return 1.0 + min(0.12, rank / (m + n))
+
+
+def _finding(
+    matrix: Matrix,
+    folding: Folding,
+    bound: float,
+    truncated_error: float,
+    option: Option | None,
+    evaluations: int,
+    pinned: bool,
+) -> Finding:
+    parameters, error, structure, svd_error = 0, math.nan, "", math.nan
+    if option is not None and option.network is not None:
+        parameters, error = option.parameters, option.error / matrix.total
+        rank = matrix.rank_within(parameters, pinned)
+        svd_error = float(matrix.spectrum.errors()[rank]) / matrix.total
+        structure = " ".join(f"{u}-{v}:{rank}" for u, v, rank in option.network.structure.edges)
+    return Finding(
+        matrix.name, matrix.kind, str(folding), bound, truncated_error, parameters, error, svd_error, evaluations,
+        structure,
+    )  # fmt: skip
+
+
+def worth_fitting(found: list[tuple[Finding, Option | None]]) -> list[MatrixNetwork]:
+    """The structures of a kind that go on to all of its matrices: the best against decompositions of their size."""
+    hopeful = [(finding.error / finding.svd_error, option) for finding, option in found if option is not None]
+    hopeful = [pair for pair in hopeful if pair[0] < WORTH_FITTING]
+    best = sorted(hopeful, key=lambda pair: pair[0])[:KEPT]
+    return [option.network for _, option in best if option.network is not None]
+
+
+def scaled(network: MatrixNetwork) -> list[MatrixNetwork]:
+    """The network and the same with all ranks scaled."""
+    family = {network: None}
+    for scale in SCALES:
+        edges = [(u, v, max(1, round(rank * scale))) for u, v, rank in network.structure.edges]
+        structure = tnss.Structure(network.structure.sizes, edges)
+        family[MatrixNetwork(network.shape, network.rows, network.columns, network.modes, structure)] = None
+    return list(family)
