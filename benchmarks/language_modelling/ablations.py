@@ -67,4 +67,9 @@ RUNS = [
 
 
 def run(options: argparse.Namespace) -> None:
-    execute("ablations", RUNS, options)
+    if options.plot:
+        from benchmarks.language_modelling.plots import plot_ablations
+
+        plot_ablations(options.output)
+    else:
+        execute("ablations", RUNS, options)

@@ -19,4 +19,9 @@ RUNS = [
 
 
 def run(options: argparse.Namespace) -> None:
-    execute("length", RUNS, options)
+    if options.plot:
+        from benchmarks.language_modelling.plots import plot_length
+
+        plot_length(options.output)
+    else:
+        execute("length", RUNS, options)

@@ -28,4 +28,9 @@ RUNS = FIRST
 
 
 def run(options: argparse.Namespace) -> None:
-    execute("quality", RUNS, options)
+    if options.plot:
+        from benchmarks.language_modelling.plots import plot_quality
+
+        plot_quality(options.output)
+    else:
+        execute("quality", RUNS, options)

@@ -176,6 +176,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Make the trials that have no rows yet."""
+    if options.plot:
+        from benchmarks.language_modelling.plots import plot_recall
+
+        plot_recall(options.output)
+        return
     path = options.output / "recall.csv"
     options.output.mkdir(parents=True, exist_ok=True)
     finished = {row["trial"] for row in read_rows(path)}

@@ -96,8 +96,9 @@ def execute(experiment: str, runs: list[Run], options: argparse.Namespace) -> No
     tables = Tables(experiment, options.output, options.work)
     finished = tables.finished()
     waiting = [run for run in runs if run.name not in finished]
-    prepare(waiting, options)
-    Queue(waiting, options, tables).work()
+    if waiting:
+        prepare(waiting, options)
+        Queue(waiting, options, tables).work()
     missing = [run.name for run in runs if run.name not in tables.finished()]
     CONSOLE.print(f"{len(runs) - len(missing)} of {len(runs)} runs are in {options.output}", highlight=False)
     if missing:
@@ -247,7 +248,7 @@ class Queue:
                 CONSOLE.print(f"{name} ended with code {code}: {last}", highlight=False, markup=False)
                 continue
             row = result["row"]
-            scores = " ".join(f"{key} {value:.4f}" for key, value in row.items() if key.startswith("validation"))
+            scores = " ".join(f"{key} {value:.4f}" for key, value in row.items() if key.startswith("validation_"))
             CONSOLE.print(f"{time.strftime('%H:%M:%S')} {name} {scores}", highlight=False)
 
     def _stop(self) -> None:

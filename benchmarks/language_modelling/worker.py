@@ -97,6 +97,8 @@ def evaluate(
         elif split != "train":  # the most that a model can do without reading beyond the length that it learnt at
             halves = (run.context, run.context // 2)
             ways["stream"] = [evaluation.nats_in_windows(model, ids.to(model.device), *halves) for ids, _ in documents]
+        if split == "validation":
+            scores["tokens_per_byte"] = sum(map(len, lengths)) / sum(map(len, contents))
         for way, nats in ways.items():
             scores[f"{split}_{way}"] = evaluation.bits_per_byte(nats, sum(map(len, contents)))
         if split != "train":

@@ -1,0 +1,173 @@
+"""Plots into the documentation and tables in Markdown, from the CSV files alone."""
+
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks import REPOSITORY
+from benchmarks.language_modelling.ablations import PAPER
+from benchmarks.language_modelling.runs import Row, read_rows
+
+DOCS = REPOSITORY / "docs"
+CURVES = 6  # runs that the plot of learning curves shows, the first ones of the table
+BASE = "base"
+
+
+def figure_of(columns: int, width: float = 9.0, height: float = 3.8) -> tuple[Any, list[Any]]:
+    """A figure with panels side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    panels = figure.subplots(1, columns, squeeze=False)[0]
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    return figure, list(panels)
+
+
+def table(rows: list[Row], columns: dict[str, str]) -> None:
+    """Print rows as Markdown; `columns` maps names of fields to heads."""
+    print(f"| {' | '.join(columns.values())} |\n|{' --- |' * len(columns)}")
+    for row in rows:
+        print(f"| {' | '.join(_show(name, row.get(name, '')) for name in columns)} |")
+    print()
+
+
+def _show(name: str, value: Any) -> str:
+    if value in ("", None, "{}"):
+        return ""
+    if name == "passes":
+        return f"{float(value):.1f}"
+    if name in ("parameters", "tokens_per_second"):
+        return f"{float(value):,.0f}"
+    if name in ("changes", "optimizer"):
+        return ", ".join(f"{key} {given}" for key, given in json.loads(value).items())
+    is_score = name.startswith(("validation", "test", "train", "paper", "difference"))
+    return f"{float(value):.3f}" if is_score else str(value)
+
+
+def plot_quality(output: Path) -> None:
+    """Learning curves on validation text against bytes and against time, and the table of all runs."""
+    rows = read_rows(output / "quality.csv")
+    scores = {
+        f"{split}_{way}": f"{split} {way}" for split in ("validation", "test") for way in (512, 2048, 8192, "stream")
+    }
+    about = {
+        "run": "run",
+        "parameters": "parameters",
+        "passes": "passes",
+        "changes": "changes",
+        "optimizer": "optimiser",
+    }
+    table(rows, about | {"tokens_per_second": "tokens/s"} | scores | {"train_2048": "training text"})
+    curves = defaultdict(list)
+    for point in read_rows(output / "quality-curves.csv"):
+        if point["held_out_loss"]:
+            curves[point["run"]].append((float(point["tokens"]), float(point["held_out_loss"])))
+    figure, (tokens_axes, time_axes) = figure_of(2)
+    for row in [row for row in rows if row["tokenizer"] == "bytes" and row["corpus"] == "novels"][:CURVES]:
+        points = curves[row["run"]]
+        bits = [loss / math.log(2) * float(row["tokens_per_byte"]) for _, loss in points]
+        tokens_axes.plot([tokens / 1e6 for tokens, _ in points], bits, marker=".", label=row["run"])
+        seconds = [tokens / float(row["tokens_per_second"]) for tokens, _ in points]
+        time_axes.plot(seconds, bits, marker=".", label=row["run"])
+    tokens_axes.set(xlabel="megabytes read", ylabel="bits per byte, validation")
+    time_axes.set(xlabel=f"seconds on one {rows[0]['device']}" if rows else "seconds")
+    for axes in (tokens_axes, time_axes):
+        low = min((line.get_ydata()[-1] for line in axes.lines if len(line.get_ydata())), default=1.0)
+        axes.set_ylim(low - 0.03, low + 0.5)
+    tokens_axes.legend(fontsize=7)
+    figure.savefig(DOCS / "quality-curves.png", dpi=110)
+
+
+def plot_ablations(output: Path) -> None:
+    """Each switch as a distance to the base, with the paper's."""
+    rows = read_rows(output / "ablations.csv")
+    (base,) = (float(row["validation_2048"]) for row in rows if row["run"] == BASE)
+    for row in rows:
+        row["difference"] = float(row["validation_2048"]) - base
+        if row["run"] in PAPER:
+            row["paper"] = PAPER[row["run"]]
+            row["paper_difference"] = PAPER[row["run"]] - PAPER[BASE]
+    rows.sort(key=lambda row: row["difference"])
+    columns = {"run": "run", "changes": "changes", "parameters": "parameters", "validation_2048": "bits per byte"}
+    table(
+        rows, columns | {"difference": "to the base", "paper": "paper, loss", "paper_difference": "paper, to the base"}
+    )
+    figure, (axes,) = figure_of(1, height=0.24 * len(rows) + 1)
+    axes.barh([row["run"] for row in rows], [row["difference"] for row in rows], color="tab:blue", alpha=0.7)
+    named = [row for row in rows if "paper" in row]
+    axes.plot([row["paper_difference"] for row in named], [row["run"] for row in named], "k|", markersize=9)
+    axes.set(
+        xlabel="bits per byte above the base (bars, ours); nats per token above the base (marks, the paper at 385M)"
+    )
+    axes.invert_yaxis()
+    figure.savefig(DOCS / "quality-ablations.png", dpi=110)
+
+
+def plot_length(output: Path) -> None:
+    """Bits per byte by position in the test and validation books."""
+    rows = read_rows(output / "length.csv") + read_rows(output / "quality.csv")
+    shown = {
+        row["run"]: row
+        for row in rows
+        if row["run"] in ("tnl", "llama")
+        or row["run"].startswith(("tnl-512", "tnl-8k", "tnl-64k", "llama-512", "llama-8k"))
+    }
+    scores = {
+        f"{split}_{way}": f"{split} {way}" for split in ("validation", "test") for way in (512, 2048, 8192, "stream")
+    }
+    table(list(shown.values()), {"run": "run", "context": "trained at", "tokens_per_second": "tokens/s"} | scores)
+    positions = defaultdict(list)
+    for name in ("length", "quality"):
+        for row in read_rows(output / f"{name}-positions.csv"):
+            if row["run"] in shown:
+                positions[row["run"], row["split"]].append((int(row["to"]), float(row["bits_per_byte"])))
+    figure, panels = figure_of(2)
+    for axes, split in zip(panels, ("validation", "test"), strict=True):
+        for name in shown:
+            points = [(to, bits) for to, bits in positions[name, split] if to >= 64]
+            if points:
+                axes.plot(
+                    *zip(*points, strict=True), marker=".", label=name, linestyle="--" if "llama" in name else "-"
+                )
+        axes.set(xscale="log", xlabel="position in the book (bytes)", title=split)
+    panels[0].set_ylabel("bits per byte, positions from half of it on")
+    panels[0].legend(fontsize=7)
+    figure.savefig(DOCS / "quality-length.png", dpi=110)
+
+
+def plot_recall(output: Path) -> None:
+    """Accuracy against pairs, a panel a width, each model at its better learning rate."""
+    rows = read_rows(output / "recall.csv")
+    by_model: dict[tuple[int, str], dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        by_model[int(row["width"]), row["model"]][row["trial"]].append(row)
+    chosen = {
+        key: max(trials.values(), key=lambda trial: sum(float(row["accuracy"]) for row in trial))
+        for key, trials in sorted(by_model.items())
+    }
+    lines = [
+        {"model": model, "width": width, "state": trial[0]["state"], "rate": trial[0]["rate"]}
+        | {row["pairs"]: f"{float(row['accuracy']):.3f}" for row in trial}
+        for (width, model), trial in chosen.items()
+    ]
+    pairs = list(dict.fromkeys(row["pairs"] for row in rows))
+    heads = {"width": "width", "model": "model", "state": "numbers in the state", "rate": "learning rate"}
+    table(lines, heads | {count: f"{count} pairs" for count in pairs})
+    widths = sorted({width for width, _ in chosen})
+    figure, panels = figure_of(len(widths), height=3.4)
+    for axes, width in zip(panels, widths, strict=True):
+        for (its_width, model), trial in chosen.items():
+            if its_width == width:
+                axes.plot(
+                    [int(row["pairs"]) for row in trial],
+                    [float(row["accuracy"]) for row in trial],
+                    marker=".",
+                    label=model,
+                )
+        axes.set(xscale="log", xlabel="pairs", title=f"width {width}", ylim=(-0.03, 1.03))
+    panels[0].set_ylabel("values named")
+    panels[0].legend(fontsize=7)
+    figure.savefig(DOCS / "quality-recall.png", dpi=110)
