@@ -32,12 +32,14 @@ class ServingConfig(MambaModelConfig):
         """Refuse what a TNL cannot be served with, and choose how states are paged.
 
         Raises:
-            ValueError: The model has layers of softmax attention, its heads cannot be shared out, or speculative
-                decoding is asked for.
+            ValueError: The model has layers of softmax attention or is compressed, its heads cannot be shared out, or
+                speculative decoding is asked for.
         """
         config: TnlConfig = vllm_config.model_config.hf_config
         if not all(config.is_linear(layer) for layer in range(config.num_hidden_layers)):
             raise ValueError("layer_types: models with layers of full attention are not served; expected none")
+        if config.tensor_networks is not None:
+            raise ValueError("tensor_networks: compressed models are not served; `tnl expand` makes them dense first")
         ranks = vllm_config.parallel_config.tensor_parallel_size
         if config.num_attention_heads % ranks:
             raise ValueError(

