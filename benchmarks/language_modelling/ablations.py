@@ -51,6 +51,8 @@ RUNS = [
     ablation("activation-none", hidden_act="none"),
     ablation("glu-silu", glu_act="silu"),
     ablation("value-silu", value_act="silu"),
+    ablation("mamba2", "mamba2"),
+    ablation("gated-delta-net", "gated_delta_net"),
     ablation("heads-3", num_attention_heads=3),
     ablation("heads-12", num_attention_heads=12),
     ablation("hybrid-3", layer_types=hybrid(LAYERS, 3)),
@@ -61,8 +63,6 @@ RUNS = [
     ablation("activation-relu", hidden_act="relu"),
     ablation("activation-1-elu", hidden_act="1+elu"),
     ablation("dropout-0.1", dropout=0.1),
-    ablation("mamba2", "mamba2"),
-    ablation("gated-delta-net", "gated_delta_net"),
 ]
 
 
