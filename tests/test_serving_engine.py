@@ -1,0 +1,214 @@
+"""TNL on vLLM's engine: token for token what `generate` writes. Tier T0, needs vLLM (`make test-serve`)."""
+
+import gc
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.serving_models import NEW_TOKENS, Reference, load, reference, references, save_tiny
+
+pytestmark = pytest.mark.serve
+
+# 64 prompts of 1 to 3,000 tokens; several of one token, and lengths next to those of a chunk and a block.
+LENGTHS = [1, 1, 1, 1, 2, 2, 3, 127, 128, 129, 255, 256, 257, 258, 511, 512, 513, 3000, 2999]
+LENGTHS += [int(3000 ** (i / 44)) for i in range(45)]
+CHUNK = 256
+StartEngine = Callable[..., Any]
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[StartEngine]:
+    """Starts vLLM in this process; what was started is gone after the test."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("VLLM_NO_USAGE_STATS", "1")
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    started: list[Any] = []
+
+    def start(folder: Path, states: int = 33, **options: Any) -> Any:
+        defaults: dict[str, Any] = {
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 8192,
+            "max_num_seqs": 32,
+            "max_num_batched_tokens": CHUNK,
+            "kv_cache_memory_bytes": 64 << 20,
+            "num_gpu_blocks_override": states,
+            "disable_log_stats": False,
+        }
+        started.append(LLM(str(folder), **(defaults | options)))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.llm_engine.engine_core.shutdown()
+    started.clear()
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> list[Reference]:
+    return references(folder, LENGTHS)
+
+
+def greedy(new_tokens: int = NEW_TOKENS, **options: Any) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False, **options)
+
+
+def run(llm: Any, wanted: list[Reference], new_tokens: int = NEW_TOKENS) -> list[Any]:
+    """All at once; returns vLLM's results after comparing their tokens."""
+    prompts = [{"prompt_token_ids": each.prompt} for each in wanted]
+    results = llm.generate(prompts, greedy(new_tokens), use_tqdm=False)
+    for each, result in zip(wanted, results, strict=True):
+        assert list(result.outputs[0].token_ids) == each.tokens, f"prompt of {len(each.prompt)} tokens"
+    return results
+
+
+def counter(llm: Any, name: str) -> int:
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == name)
+
+
+def test_all_at_once_and_while_others_decode(engine: StartEngine, folder: Path, expected: list[Reference]) -> None:
+    llm = engine(folder)
+    run(llm, expected)  # 64 requests, 32 at a time, in chunks of 256 tokens
+
+    core, results, waiting, aborted = llm.llm_engine, {}, list(range(len(expected))), set()
+    steps = 0
+    while waiting or core.has_unfinished_requests():
+        if waiting and steps % 2 == 0:  # one arrives every other step
+            each = waiting.pop(0)
+            core.add_request(str(each), {"prompt_token_ids": expected[each].prompt}, greedy())
+            if each % 5 == 4:  # a client goes away; its row is taken by one that comes later
+                aborted.add(each - 2)
+                core.abort_request([str(each - 2)])
+        for output in core.step():
+            if output.finished:
+                results[int(output.request_id)] = list(output.outputs[0].token_ids)
+        steps += 1
+    finished = [each for each in range(len(expected)) if each not in aborted]
+    assert len(aborted) == 12
+    for each in finished:
+        assert results[each] == expected[each].tokens, f"prompt of {len(expected[each].prompt)} tokens"
+
+
+def test_few_states(engine: StartEngine, folder: Path, expected: list[Reference]) -> None:
+    run(engine(folder, states=4), expected[:24])  # 3 requests have a state at a time, the others wait
+
+
+def test_preemption(engine: StartEngine, folder: Path) -> None:
+    """With prefix caching a request needs more blocks as it grows; where none is left another has to give way."""
+    wanted = references(folder, [100, 110, 120, 90, 60, 125], new_tokens=60)
+    llm = engine(folder, states=7, enable_prefix_caching=True, block_size=32)
+    run(llm, wanted, new_tokens=60)
+    assert counter(llm, "vllm:num_preemptions") > 0
+
+
+def test_prefix_caching(engine: StartEngine, folder: Path, expected: list[Reference]) -> None:
+    llm = engine(folder, states=200, enable_prefix_caching=True)
+    run(llm, expected)
+    long = [each for each in expected if len(each.prompt) > 300]
+    assert all(result.num_cached_tokens >= 256 for result in run(llm, long))
+    beginning = long[0].prompt[:256]
+    others = [one for i in range(8) if (one := reference(folder, [*beginning, *range(i, 30)])) is not None]
+    assert all(result.num_cached_tokens >= 128 for result in run(llm, others))
+
+
+def test_compiled(engine: StartEngine, folder: Path, expected: list[Reference]) -> None:
+    run(engine(folder, enforce_eager=False), expected)
+
+
+def test_released_format(engine: StartEngine, shared_data: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(shared_data / "released-format-checkpoint" / name, tmp_path)
+    llm = engine(tmp_path, skip_tokenizer_init=True)
+    run(llm, references(tmp_path, [1, 1, 2, 30, 300, 700]))
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {"lrpe_layers": "all", "gate": "sigmoid", "norm_type": "rms", "decay_schedule": "paper"},
+    {"lrpe_layers": [1], "gate": "low_rank_sigmoid", "norm_type": "layer", "tie_word_embeddings": True},
+    {"lrpe_layers": "none", "gate": "none", "hidden_act": "1+elu", "value_act": "silu", "glu_act": "silu",
+     "decay_schedule": "none", "scale_embeddings": False, "head_dim": 24, "num_attention_heads": 3},
+]  # fmt: skip
+SHORT = [1, 1, 3, 40, 300]
+
+
+@pytest.mark.parametrize("overrides", VARIANTS, ids=lambda overrides: overrides["gate"])
+def test_variants(engine: StartEngine, tmp_path: Path, overrides: dict[str, Any]) -> None:
+    save_tiny(tmp_path, **overrides)
+    run(engine(tmp_path), references(tmp_path, SHORT))
+
+
+def test_tensor_parallel(engine: StartEngine, folder: Path, expected: list[Reference], tmp_path: Path,
+                         monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    run(engine(folder, tensor_parallel_size=2), expected)
+
+
+@pytest.mark.parametrize("overrides", VARIANTS[:2], ids=lambda overrides: overrides["gate"])
+def test_tensor_parallel_of_variants(
+    engine: StartEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    save_tiny(tmp_path, **overrides)
+    run(engine(tmp_path, tensor_parallel_size=2), references(tmp_path, SHORT))
+
+
+def test_pipeline_parallel(engine: StartEngine, folder: Path, expected: list[Reference],
+                           monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    run(engine(folder, pipeline_parallel_size=2), expected[:24])
+
+
+def test_bfloat16_is_as_near_as_torch(engine: StartEngine, folder: Path, expected: list[Reference]) -> None:
+    """Of bfloat16, equal tokens cannot be asked: ties are common. Its log-probabilities are compared with float32."""
+    from vllm import SamplingParams
+
+    wanted = [each for each in expected if 30 < len(each.prompt) < 400]
+    exact, half = load(folder), load(folder).__class__.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    llm = engine(folder, dtype="bfloat16")
+    parameters = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    results = llm.generate([{"prompt_token_ids": each.prompt} for each in wanted], parameters, use_tqdm=False)
+
+    def log_probabilities(model: Any, prompt: list[int]) -> torch.Tensor:
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt])).logits[0, :-1].float()
+        return logits.log_softmax(-1).gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+
+    served_error = torch_error = 0.0
+    for each, result in zip(wanted, results, strict=True):
+        right = log_probabilities(exact, each.prompt)
+        pairs = zip(each.prompt[1:], result.prompt_logprobs[1:], strict=True)
+        served = torch.tensor([choices[token].logprob for token, choices in pairs])
+        served_error += (served - right).square().sum().item()
+        torch_error += (log_probabilities(half, each.prompt) - right).square().sum().item()
+    assert 0 < served_error**0.5 <= 2 * torch_error**0.5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "message"),
+    [
+        ({"layer_types": ["linear_attention", "full_attention", "linear_attention"]}, {}, "layer_types: "),
+        ({}, {"tensor_parallel_size": 3}, "tensor_parallel_size: expected a divisor of the 4 heads, got 3"),
+        ({}, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative_config: "),
+    ],
+    ids=["hybrid", "heads", "speculation"],
+)
+def test_what_is_not_served(engine: StartEngine, tmp_path: Path, overrides: dict[str, Any], options: dict[str, Any],
+                            message: str) -> None:  # fmt: skip
+    save_tiny(tmp_path, **overrides)
+    with pytest.raises(ValueError, match=message):
+        engine(tmp_path, **options)
