@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import SHARED_DATA
-from tnl.training.config import DataSettings, TokenizerSettings
-from tnl.training.data import prepare_tokenizer, unfinished_folder
+from tnl.training.data import unfinished_folder
+from tnl.training.tokenizer import train_bpe
 
 BETWEEN_BOOKS = b"\n\n\n"
 MEGABYTE = 1_000_000
@@ -44,8 +44,7 @@ class Corpus:
     @property
     def tokenizer(self) -> Path:
         """The BPE trained on the training text; `write_corpus` with `bpe` makes it."""
-        (folder,) = self.folder.glob("bpe-*")
-        return folder
+        return self.folder / "bpe"
 
 
 def write_corpus(name: str, work: Path, bpe: bool = False, most: int | None = None) -> Corpus:
@@ -66,10 +65,11 @@ def write_corpus(name: str, work: Path, bpe: bool = False, most: int | None = No
         parts = python_source() if name == "python" else novels(49 * MEGABYTE if name == "novels-49" else None)
         with unfinished_folder(folder) as unfinished:
             _write(parts, unfinished, most)
-    if bpe:
-        tokens = BPE_TOKENS if most is None else 300
-        prepare_tokenizer(TokenizerSettings("bpe", tokens), DataSettings(str(folder / "train.txt")), folder)
-    return Corpus(folder)
+    corpus = Corpus(folder)
+    if bpe and not corpus.tokenizer.is_dir():
+        with unfinished_folder(corpus.tokenizer) as unfinished:
+            train_bpe(_pieces(corpus.train), BPE_TOKENS if most is None else 300).save_pretrained(unfinished)
+    return corpus
 
 
 def _write(parts: Iterator[tuple[str, str, bytes]], folder: Path, most: int | None) -> None:
@@ -86,6 +86,13 @@ def _write(parts: Iterator[tuple[str, str, bytes]], folder: Path, most: int | No
             (folder / split).mkdir(exist_ok=True)
             (folder / split / name).write_bytes(content)
         written[split] += len(content)
+
+
+def _pieces(path: Path) -> Iterator[str]:
+    """A text in pieces of about a megabyte, which a tokenizer learns from side by side."""
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        while lines := file.readlines(MEGABYTE):
+            yield "".join(lines)
 
 
 def novels(most_train: int | None) -> Iterator[tuple[str, str, bytes]]:

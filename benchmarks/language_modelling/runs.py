@@ -97,7 +97,6 @@ def execute(experiment: str, runs: list[Run], options: argparse.Namespace) -> No
     finished = tables.finished()
     waiting = [run for run in runs if run.name not in finished]
     if waiting:
-        prepare(waiting, options)
         Queue(waiting, options, tables).work()
     missing = [run.name for run in runs if run.name not in tables.finished()]
     CONSOLE.print(f"{len(runs) - len(missing)} of {len(runs)} runs are in {options.output}", highlight=False)
@@ -138,13 +137,6 @@ def show(runs: Iterable[Run]) -> None:
         values = (run.name, run.model, run.size, changes, run.corpus, run.tokenizer, run.context, run.steps)
         table.add_row(*map(str, values), str(run.seconds))
     Console().print(table)
-
-
-def prepare(runs: list[Run], options: argparse.Namespace) -> None:
-    """Lay out the texts that the runs read."""
-    for name in dict.fromkeys(run.corpus for run in runs):
-        bpe = any(run.tokenizer == "bpe" for run in runs if run.corpus == name)
-        write_corpus(name, options.work, bpe, TINY_BYTES if options.tiny else None)
 
 
 class Tables:
@@ -223,8 +215,9 @@ class Queue:
     def _start(self, run: Run, gpu: str) -> subprocess.Popen[bytes]:
         folder = self.tables.work / run.name
         folder.mkdir(parents=True, exist_ok=True)
-        work = str(self.options.work.resolve())
-        request = dataclasses.asdict(run) | {"work": work, "most": TINY_BYTES if self.options.tiny else None}
+        most = TINY_BYTES if self.options.tiny else None
+        write_corpus(run.corpus, self.options.work, run.tokenizer == "bpe", most)
+        request = dataclasses.asdict(run) | {"work": str(self.options.work.resolve()), "most": most}
         (folder / "run.json").write_text(json.dumps(request, indent=1) + "\n")
         CONSOLE.print(f"{time.strftime('%H:%M:%S')} {run.name} starts on {gpu or 'the CPU'}", highlight=False)
         environment = dict(os.environ)
