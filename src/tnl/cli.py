@@ -145,6 +145,7 @@ def quieten() -> None:
 def _add_settings(parser: Any, command: Command) -> None:
     if command.settings is TrainSettings:
         parser.add_argument("--config", action="config", help="YAML file with any of these settings")
+        parser.add_argument("--from", help="folder of a model (or of a run) to train on, with its tokenizer")
     parser.add_class_arguments(command.settings, as_positional=True, skip=set(command.several))
     for name, text in command.several.items():
         (kind,) = get_args(get_type_hints(command.settings)[name])  # list[kind]
@@ -152,7 +153,10 @@ def _add_settings(parser: Any, command: Command) -> None:
 
 
 def _spell_out_train(arguments: list[str]) -> list[str]:
-    """`train FILE --resume` in the form that the parser knows: `train --config FILE --resume true`."""
+    """`train FILE --resume --from MODEL` in the form that the parser knows.
+
+    That is `train --config FILE --resume true --model.name MODEL --tokenizer.name MODEL`.
+    """
     rest = arguments[1:]
     if rest and not rest[0].startswith("-"):
         rest = ["--config", *rest]
@@ -160,6 +164,13 @@ def _spell_out_train(arguments: list[str]) -> list[str]:
         following = rest[place + 1] if place + 1 < len(rest) else "--"
         if argument == "--resume" and following.startswith("-"):
             rest[place] = "--resume=true"
+    for place, argument in enumerate(rest):
+        if argument == "--from" and place + 1 < len(rest):
+            folder = rest[place + 1]
+            inside = os.path.join(folder, "model")  # of a run
+            tokenizer = inside if os.path.isfile(os.path.join(inside, "config.json")) else folder
+            rest[place : place + 2] = ["--model.name", folder, "--tokenizer.name", tokenizer]
+            break
     return ["train", *rest]
 
 

@@ -1,0 +1,212 @@
+"""One process that takes cases one after another: compresses, heals, measures; its rows are JSON files."""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from benchmarks.compression.cases import HEALING_LEARNING_RATE, HEALING_SHARE, ORIGINAL, Case, Scale
+from tnl.compression.compress import compress
+from tnl.compression.matrices import find_matrices
+from tnl.compression.settings import CompressSettings
+from tnl.compression.text import Rows, bits_per_byte, read_rows
+from tnl.models import TnlForCausalLM
+from tnl.models.tnl.matrix_network import TensorNetworkEmbedding, TensorNetworkLinear
+from tnl.training.config import DataSettings, ModelSettings, OptimizerSettings, ParallelSettings, TrainSettings
+from tnl.training.loop import train
+from tnl.training.model import choose_device, find_model_folder, load_model
+
+Row = dict[str, Any]
+DECODED_TOKENS = 64
+DECODED_ROWS = 16
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where things are.
+
+    Attributes:
+        model: Folder of the run of the original.
+        text: Prepared training text, from which calibration is not taken twice.
+        calibration: Sources of calibration text.
+        held_out: Sources of the text that is measured on.
+        work: Folder of this benchmark.
+    """
+
+    model: Path
+    text: Path
+    calibration: list[str]
+    held_out: list[str]
+    work: Path
+
+
+def machine() -> Row:
+    """Device and versions, which every row names."""
+    cuda = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return {"device": device, "torch": torch.__version__, "transformers": version("transformers")}
+
+
+def run_case(case: Case, scale: Scale, place: Place) -> None:
+    """Compress, measure, heal and measure again; rows go to `rows/` of the work folder as they are known."""
+    folder = place.work / "cases" / case.name
+    started = time.perf_counter()
+    model_folder = find_model_folder(str(place.model))
+    if case.method != ORIGINAL:
+        settings = dict(scale.compression) | case.settings
+        # Cases of one weighting and size share second moments, searches and fits.
+        compress(
+            CompressSettings(
+                model=str(model_folder), output=str(folder), data=place.calibration, held_out=place.held_out, **settings
+            )
+        )
+        model_folder = folder / "model"
+    seconds = time.perf_counter() - started
+    about: Row = {"method": case.method, "budget": case.budget, "compress_seconds": round(seconds, 1)}
+    write(place, f"{case.name}.0", measure(model_folder, scale, place, about | {"healing_steps": 0}))
+    steps = max(1, round(HEALING_SHARE * scale.steps))
+    healed = heal(model_folder, folder / "healed", steps, scale, place)
+    write(place, f"{case.name}.1", measure(healed, scale, place, about | {"healing_steps": steps}))
+
+
+def heal(model: Path, output: Path, steps: int, scale: Scale, place: Place) -> Path:
+    """Train a model on as `tnl train --from` does."""
+    settings = TrainSettings(
+        output=str(output),
+        model=ModelSettings(name=str(model)),
+        data=DataSettings(train=str(place.text)),
+        optimizer=OptimizerSettings(
+            learning_rate=HEALING_LEARNING_RATE * scale.learning_rate,
+            warmup_steps=max(1, steps // 10),
+            weight_decay=0.0,
+            final_ratio=0.02,
+        ),
+        parallel=ParallelSettings(precision=scale.precision),  # type: ignore[arg-type]
+        sequence_length=scale.sequence_length,
+        batch_size=scale.batch_size,
+        micro_batch_size=scale.batch_size,
+        steps=steps,
+        seed=1,
+        checkpoint_every=0,
+        evaluate_rows=1,
+        resume=True,
+    )
+    trained = train(settings)
+    if trained is None:
+        raise SystemExit("stopped by a signal")
+    return trained
+
+
+def measure(folder: Path, scale: Scale, place: Place, about: Row) -> Row:
+    """Quality in float32 and after rounding to int8, size, speed and memory in 16 bits (float32 on a CPU)."""
+    device = choose_device("auto")
+    model, tokenizer = load_model(str(folder), device, "float32")
+    rows = held_out_rows(tokenizer, scale, place)
+    batch = max(1, 8192 // scale.sequence_length)
+    row = about | sizes(model)
+    row["bits_per_byte"] = bits_per_byte(model, rows, batch, lambda _: None)
+    with rounded_to_int8(model):
+        row["bits_per_byte_int8"] = bits_per_byte(model, rows, batch, lambda _: None)
+    row |= speed(model.to(torch.bfloat16 if device.type == "cuda" else torch.float32), rows)
+    return row | machine()
+
+
+def held_out_rows(tokenizer: PreTrainedTokenizerBase, scale: Scale, place: Place) -> Rows:
+    """The same rows for every case."""
+    return read_rows(place.held_out, tokenizer, scale.measured_rows, scale.sequence_length, seed=0)
+
+
+def compressed_tensors(model: TnlForCausalLM) -> Iterator[tuple[nn.Parameter, int]]:
+    """Parameters of the matrices that are, or could be, compressed, and the length of a row of each."""
+    for module in model.modules():
+        if isinstance(module, TensorNetworkLinear | TensorNetworkEmbedding):
+            for core in module.parameters(recurse=False):
+                yield core, core.shape[-1]
+    for name in find_matrices(model):
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, nn.Parameter)
+        yield weight, weight.shape[-1]
+
+
+def sizes(model: TnlForCausalLM) -> Row:
+    """Parameters, and bytes of the whole model with 16 bits a number, and with 8 in the matrices."""
+    tensors = list(compressed_tensors(model))
+    matrices = sum(tensor.numel() for tensor, _ in tensors)
+    scales = sum(tensor.numel() // length for tensor, length in tensors)  # one of 16 bits a row
+    total = sum(parameter.numel() for parameter in model.parameters())
+    places = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    return {
+        "matrix_parameters": matrices,
+        "parameters": total,
+        "bytes": 2 * total + places,
+        "bytes_int8": 2 * (total - matrices) + matrices + 2 * scales + places,
+    }
+
+
+@contextmanager
+@torch.no_grad()
+def rounded_to_int8(model: TnlForCausalLM) -> Iterator[None]:
+    """The matrices (or their cores) with entries rounded to 255 levels, the largest of each row being the last."""
+    before: list[tuple[nn.Parameter, Tensor]] = []
+    for tensor, length in compressed_tensors(model):
+        before.append((tensor, tensor.detach().clone()))
+        flat = tensor.detach().reshape(-1, length)
+        scale = (flat.abs().amax(1, keepdim=True) / 127).clamp_min(1e-30)
+        tensor.copy_(((flat / scale).round() * scale).view_as(tensor))
+    yield
+    for tensor, value in before:
+        tensor.copy_(value)
+
+
+@torch.inference_mode()
+def speed(model: TnlForCausalLM, rows: Rows) -> Row:
+    """Tokens a second of a forward pass over rows and of decoding; peak memory of the forward pass."""
+    tokens = rows.tokens[:DECODED_ROWS].to(model.device)
+    cuda = model.device.type == "cuda"
+
+    def timed(call: Any) -> float:
+        seconds = []
+        for _ in range(REPEATS + 1):
+            started = time.perf_counter()
+            call()
+            if cuda:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+        return statistics.median(seconds[1:])
+
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    forward = timed(lambda: model(input_ids=tokens, use_cache=False, logits_to_keep=1))
+    memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
+    state = model(input_ids=tokens[:, :64], use_cache=True).past_key_values
+
+    def decode() -> None:
+        for _ in range(DECODED_TOKENS):
+            model(input_ids=tokens[:, :1], past_key_values=state, use_cache=True)
+
+    decoding = timed(decode)
+    return {
+        "tokens_per_second": round(tokens.numel() / forward),
+        "decoded_tokens_per_second": round(len(tokens) * DECODED_TOKENS / decoding),
+        "memory_gib": round(memory, 4),
+    }
+
+
+def write(place: Place, name: str, row: Row) -> None:
+    """Keep a row, atomically."""
+    path = place.work / "rows" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(row))
+    partial.replace(path)
