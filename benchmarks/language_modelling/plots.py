@@ -42,9 +42,16 @@ def _show(name: str, value: Any) -> str:
     if name in ("parameters", "tokens_per_second"):
         return f"{float(value):,.0f}"
     if name in ("changes", "optimizer"):
-        return ", ".join(f"{key} {given}" for key, given in json.loads(value).items())
+        return ", ".join(f"{key} {_short(given)}" for key, given in json.loads(value).items())
     is_score = name.startswith(("validation", "test", "train", "paper", "difference"))
     return f"{float(value):.3f}" if is_score else str(value)
+
+
+def _short(value: Any) -> str:
+    """A value of a configuration; of kinds of layers, which are softmax attention."""
+    if not isinstance(value, list):
+        return str(value)
+    return "full_attention in " + ", ".join(str(i) for i, kind in enumerate(value) if kind == "full_attention")
 
 
 def plot_quality(output: Path) -> None:

@@ -32,6 +32,7 @@ RESULT_FOLDER = RESULTS / "language_modelling"
 TINY: dict[str, Any] = {"size": "tiny", "context": 64, "step_tokens": 256, "steps": 6, "contexts": (32, 64)}
 TINY_BYTES = 6000
 POLL_SECONDS = 1.0
+SLOWER = 0.55  # by this share, for each run more on the same GPU
 GRACE_SECONDS = 20  # before the end, in which a stopped run may write its checkpoint
 
 
@@ -204,10 +205,11 @@ class Queue:
             self.tables.collect()
 
     def _start_what_fits(self) -> None:
+        slower = 1 + SLOWER * (self.options.slots - 1)
         for place in self.places:
             taken = [gpu for gpu, _ in self.running.values()].count(place)
             left = self.deadline - time.monotonic() - GRACE_SECONDS
-            fitting = next((run for run in self.waiting if self.options.tiny or run.seconds <= left), None)
+            fitting = next((run for run in self.waiting if self.options.tiny or slower * run.seconds <= left), None)
             if taken < self.options.slots and fitting is not None:
                 self.waiting.remove(fitting)
                 self.running[fitting.name] = (place, self._start(fitting, place))
@@ -217,7 +219,8 @@ class Queue:
         folder.mkdir(parents=True, exist_ok=True)
         most = TINY_BYTES if self.options.tiny else None
         write_corpus(run.corpus, self.options.work, run.tokenizer == "bpe", most)
-        request = dataclasses.asdict(run) | {"work": str(self.options.work.resolve()), "most": most}
+        about = {"work": str(self.options.work.resolve()), "most": most, "side_by_side": self.options.slots}
+        request = dataclasses.asdict(run) | about
         (folder / "run.json").write_text(json.dumps(request, indent=1) + "\n")
         CONSOLE.print(f"{time.strftime('%H:%M:%S')} {run.name} starts on {gpu or 'the CPU'}", highlight=False)
         environment = dict(os.environ)

@@ -141,7 +141,7 @@ def describe(run: Run, settings: TrainSettings, folder: Path, model: PreTrainedM
 
 def main(folder: Path) -> None:
     request = json.loads((folder / "run.json").read_text())
-    work, most = Path(request.pop("work")), request.pop("most")
+    work, most, side_by_side = Path(request.pop("work")), request.pop("most"), request.pop("side_by_side")
     run = Run(**request | {"contexts": tuple(request["contexts"])})
     corpus = write_corpus(run.corpus, work, run.tokenizer == "bpe", most)
     settings = settings_of(run, corpus, folder)
@@ -153,7 +153,7 @@ def main(folder: Path) -> None:
     (index,) = (folder / "train" / "data").glob("tokens-*/train/index.json")
     tokens = json.loads(index.read_text())["tokens"]
     scores, positions = evaluate(run, corpus, model, tokenizer)
-    row = describe(run, settings, folder, model, tokens) | scores | machine()
+    row = describe(run, settings, folder, model, tokens) | {"side_by_side": side_by_side} | scores | machine()
     unfinished = folder / ".unfinished-result.json"
     unfinished.write_text(json.dumps({"row": row, "positions": positions}, indent=1) + "\n")
     unfinished.replace(folder / "result.json")
