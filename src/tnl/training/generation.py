@@ -1,10 +1,13 @@
 """`tnl generate`: continue a text, token by token on standard output."""
 
 import sys
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, TextStreamer
 
+from tnl.models import TnlForCausalLM
+from tnl.models.tnl.decoding_tnl import decode
 from tnl.training.config import GenerationSettings
 from tnl.training.model import choose_device, load_model
 from tnl.training.tokenizer import TextEncoder
@@ -42,9 +45,10 @@ def generate(settings: GenerationSettings) -> str:
     streamer = None
     if settings.num_beams == 1:
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    output = model.generate(
-        tokens, attention_mask=torch.ones_like(tokens), generation_config=configuration, streamer=streamer
-    )
+    options: dict[str, Any] = {"streamer": streamer}
+    if isinstance(model, TnlForCausalLM) and model.config.layer_types is None and settings.num_beams == 1:
+        options = {"token_streamer": streamer, "custom_generate": decode}
+    output = model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=configuration, **options)
     text = tokenizer.decode(output[0, tokens.shape[1] :], skip_special_tokens=True)
     if streamer is None:
         print(text)
