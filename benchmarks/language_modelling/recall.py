@@ -27,7 +27,7 @@ TRAINING = ((64, 4), (128, 8), (256, 16), (256, 32), (256, 64))  # tokens and pa
 TESTS = (*TRAINING, (512, 128), (1024, 256))
 WIDTHS = (64, 128, 256)
 RATES = (1e-3, 3e-3)
-HEAD_WIDTH = 64
+HEAD_WIDTH = 64  # but two heads at least
 BATCH_TOKENS = 32768
 TEST_ROWS = 1024
 CHANGES: dict[str, dict[str, Any]] = {
@@ -78,7 +78,7 @@ def build(trial: Trial) -> PreTrainedModel:
 
     from tnl.models import TnlConfig
 
-    heads = max(1, trial.width // HEAD_WIDTH)
+    heads = max(2, trial.width // HEAD_WIDTH)
     sizes: dict[str, Any] = {
         "vocab_size": VOCABULARY, "hidden_size": trial.width, "num_hidden_layers": 2, "num_attention_heads": heads,
         "intermediate_size": 2 * trial.width, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
