@@ -525,7 +525,8 @@ class TnlForCausalLM(TnlPreTrainedModel, GenerationMixin):
         replace_matrices(self, {name: n for name, n in (config.tensor_networks or {}).items() if name == "lm_head"}, "")
         if config.tie_word_embeddings and isinstance(self.model.embed_tokens, TensorNetworkEmbedding):
             self.lm_head = TensorNetworkLinear(self.model.embed_tokens.network)
-            self._tied_weights_keys = {"lm_head": "model.embed_tokens"}
+            cores = (name for name, _ in self.lm_head.named_parameters())  # patterns, which transformers expands
+            self._tied_weights_keys = {f"lm_head.{name}$": f"model.embed_tokens.{name}$" for name in cores}
         self.post_init()
 
     @can_return_tuple
