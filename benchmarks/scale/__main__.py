@@ -1,6 +1,7 @@
 """Measure over 1, 2, 4, ... GPUs: `torchrun --nproc-per-node N -m benchmarks.scale [CASE ...]`.
 
 Writes CASE.csv into the output folder, the device and versions in each row. `--tiny` tries everything out on a CPU.
+`python -m benchmarks.scale plot` draws what lies there.
 """
 
 import argparse
@@ -14,6 +15,9 @@ from benchmarks import RESULTS
 from benchmarks.operator.__main__ import machine as about_machine
 from benchmarks.scale.cases import CASES, FULL, TINY, Row
 from benchmarks.scale.group import join
+from benchmarks.scale.plot import plot
+
+PICTURE = Path(__file__).parents[2] / "docs" / "scale.png"
 
 
 def show(row: Row) -> str:
@@ -38,6 +42,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "scale", help="folder for the CSV files")
     parser.add_argument("--tiny", action="store_true", help="sizes for a CPU; the numbers mean nothing")
     options = parser.parse_args()
+    if options.cases == ["plot"]:
+        plot(options.output, PICTURE)
+        return
     unknown = set(options.cases) - set(CASES)
     if unknown:
         parser.error(f"unknown case {', '.join(sorted(unknown))}; expected some of {', '.join(CASES)}")
