@@ -77,6 +77,8 @@ def plot_quality(output: Path) -> None:
         points = curves[row["run"]]
         bits = [loss / math.log(2) * float(row["tokens_per_byte"]) for _, loss in points]
         tokens_axes.plot([tokens / 1e6 for tokens, _ in points], bits, marker=".", label=row["run"])
+        if row["side_by_side"] != "1":
+            continue  # its speed is not that of the model alone
         seconds = [tokens / float(row["tokens_per_second"]) for tokens, _ in points]
         time_axes.plot(seconds, bits, marker=".", label=row["run"])
     tokens_axes.set(xlabel="megabytes read", ylabel="bits per byte, validation")
