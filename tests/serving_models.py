@@ -52,8 +52,10 @@ def load(folder: Path) -> Any:
 
 def reference(folder: Path, prompt: list[int], new_tokens: int = NEW_TOKENS) -> Reference | None:
     """What `generate` writes greedily; None where two tokens are as good as each other at some place."""
+    ids = torch.tensor([prompt])
     result = load(folder).generate(
-        torch.tensor([prompt]),
+        ids,
+        attention_mask=torch.ones_like(ids),  # the id of padding is a token like others
         max_new_tokens=new_tokens,
         do_sample=False,
         eos_token_id=None,
