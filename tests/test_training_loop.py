@@ -402,6 +402,35 @@ def test_matrices_decay_and_nothing_else(tmp_path: Path, corpus: str) -> None:
         assert value == (0.1 if name.endswith("_proj.weight") else 0.0), name
 
 
+OTHERS: dict[str, dict[str, Any]] = {
+    "gpt2": {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
+    "gpt_neox": {"intermediate_size": 48},
+    "qwen3": {"intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 16},
+    "rwkv": {},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1, "state_size": 8},
+    "qwen3_next": {"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 48, "mlp_only_layers": [0, 1]},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_loss_of_any_causal_model(name: str, corpus: str, tmp_path: Path) -> None:
+    settings = settings_for(tmp_path, corpus)
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2}
+    sizes |= {} if name == "rwkv" else {"initializer_range": 0.5}
+    sizes |= {} if name in ("mamba2", "rwkv") else {"num_attention_heads": 2}
+    settings = dataclasses.replace(settings, model=ModelSettings(name, sizes | OTHERS[name]))
+    with loop.join_ranks("cpu") as ranks:
+        run = loop.assemble(settings, ranks)
+    batch = next(batch for batch in run.loader if "position_ids" not in batch or name not in ("rwkv", "mamba2"))
+    loss = loop.mean_loss(run, batch, int((batch["targets"] != -100).sum()))
+    loss.backward()
+    inputs = {key: batch[key] for key in ("input_ids", "position_ids") if key in batch}
+    logits = run.model(**inputs, use_cache=False).logits
+    wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), ignore_index=-100)
+    torch.testing.assert_close(loss, wanted, rtol=1e-4, atol=1e-4)
+    assert all(torch.isfinite(p.grad).all() for p in run.model.parameters() if p.grad is not None)
+
+
 def test_models_that_mix_documents_are_found() -> None:
     def small(model_type: str, **changes: Any) -> bool:
         from transformers import AutoConfig

@@ -74,8 +74,8 @@ def _configuration(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) 
         except (TypeError, ValueError) as error:
             raise ValueError(f"model.overrides: {error}") from error
     if name in CONFIG_MAPPING:
-        known = AutoConfig.for_model(name).to_dict()
-        _refuse_unknown(overrides, known)
+        default = AutoConfig.for_model(name)
+        _refuse_unknown(overrides, default.to_dict() | default.attribute_map)
         try:
             return AutoConfig.for_model(name, **(tokens | overrides)), None
         except (TypeError, ValueError) as error:
