@@ -84,8 +84,13 @@ def compress(settings: CompressSettings) -> Path:
         budget = parameter_budget(job, names)
         moments = second_moments(job, list(names), calibration)
         matrices = describe_matrices(job, names, moments)
-        findings = add_networks(job, matrices)
+        fits = Fits(job.work, job.identity, settings)
+        findings = add_networks(job, fits, matrices)
         chosen = choose(job, matrices, budget)
+        with job.task("finishing", len(matrices)) as advance:
+            for place, matrix in enumerate(matrices):
+                chosen[place] = fits.finish(matrix, chosen[place])
+                advance(1)
         before = measure(job, job.model, measured, "measuring the original")
         model = build(job, matrices, chosen)
         after = measure(job, model, measured, "measuring the compressed")
@@ -199,10 +204,9 @@ def describe_matrices(job: Job, names: dict[str, str], moments: dict[str, Moment
     return matrices
 
 
-def add_networks(job: Job, matrices: list[Matrix]) -> list[Finding]:
+def add_networks(job: Job, fits: Fits, matrices: list[Matrix]) -> list[Finding]:
     """Fit networks to the matrices, as the method says; what was found on the way."""
     settings = job.settings
-    fits = Fits(job.work, job.identity, settings)
     if settings.method in ("ring", "train"):
         with job.task(f"fixed {settings.method}", len(matrices)) as advance:
             for matrix in matrices:

@@ -13,8 +13,6 @@ from tnl.compression.metric import Metric, Spectrum
 from tnl.models.tnl.matrix_network import MatrixNetwork
 from tnss import Structure
 
-ITERATIONS = 60
-
 
 def two_vertices(shape: tuple[int, int], rank: int) -> MatrixNetwork:
     """The layout of a product of `[m, r]` and `[r, n]`: one vertex for the rows, one for the columns."""
@@ -45,14 +43,14 @@ def network_error(matrix: Tensor, metric: Metric, network: MatrixNetwork, cores:
 
 
 def refine(
-    matrix: Tensor, metric: Metric, network: MatrixNetwork, cores: Sequence[Tensor], iterations: int = ITERATIONS
+    matrix: Tensor, metric: Metric, network: MatrixNetwork, cores: Sequence[Tensor], iterations: int
 ) -> tuple[list[Tensor], float]:
     """Lower the error of a network from given cores; never worse than these.
 
     Returns:
         The cores in float64, and the error.
     """
-    before = [core.detach().to(torch.float64) for core in balance(cores)]
+    before = [core.detach().to(torch.float64).contiguous() for core in balance(cores)]
     parameters = [core.clone().requires_grad_() for core in before]
     scale = float(metric.error(matrix)) or 1.0
     optimizer = torch.optim.LBFGS(

@@ -28,6 +28,8 @@ from tnss.executor import Executor
 SCALES = (0.6, 0.8, 1.25)  # of the ranks of a structure that was found, beside 1
 COMPLETE_ORDER = 4  # up to this order any graph is searched, above it rings
 LARGEST_RANK = 512
+ITERATIONS = 100  # of a fit in the true metric
+LAST_ITERATIONS = 400  # of the fits that are kept
 REFINED = 3  # structures of a search that are fitted in the true metric
 WORTH_FITTING = 1.1  # times the error of a decomposition of the same size
 KEPT = 2  # structures of a kind that are fitted to all of its matrices
@@ -76,9 +78,15 @@ class Fits:
     identity: str
     settings: CompressSettings
 
-    def fit(self, matrix: Matrix, network: MatrixNetwork, start: list[Tensor] | None = None) -> Option:
+    def fit(
+        self,
+        matrix: Matrix,
+        network: MatrixNetwork,
+        start: list[Tensor] | None = None,
+        iterations: int = ITERATIONS,
+    ) -> Option:
         """The network fitted to the matrix in its metric, from given cores or from those `tnss` finds."""
-        key = json.dumps([self.identity, matrix.name, network.to_dict(), start is not None])
+        key = json.dumps([self.identity, matrix.name, network.to_dict(), start is not None, iterations])
         path = self.folder / f"fit-{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
         device = matrix.weight.device
         if path.exists():
@@ -88,17 +96,24 @@ class Fits:
         else:
             if start is None:
                 start = fitted_cores(matrix, network, self.settings)
-            cores, error = refine(matrix.weight, matrix.metric, network, [core.to(device) for core in start])
+            start = [core.to(device) for core in start]
+            cores, error = refine(matrix.weight, matrix.metric, network, start, iterations)
             partial = path.with_suffix(".partial")
             tensors = {f"core.{vertex}": core.cpu().contiguous() for vertex, core in enumerate(cores)}
             save_file(tensors, partial, metadata={"error": repr(error)})
             partial.replace(path)
         return Option("network", stored(network, self.settings.pinned), error, network=network, cores=tuple(cores))
 
+    def finish(self, matrix: Matrix, option: Option) -> Option:
+        """The option that was chosen, fitted to the end where it is a network."""
+        if option.network is None:
+            return option
+        return self.fit(matrix, option.network, list(option.cores), LAST_ITERATIONS)
+
 
 def als(settings: CompressSettings, device: torch.device) -> tnss.ALS:
     """How structures are fitted in a search: what remains to be gained is left to the fit in the true metric."""
-    return tnss.ALS(restarts=2, sweeps=30, polish=0, progress=1e-2, device=device.type)
+    return tnss.ALS(restarts=1, sweeps=15, polish=0, progress=1e-2, device=device.type)
 
 
 def fitted_cores(matrix: Matrix, network: MatrixNetwork, settings: CompressSettings) -> list[Tensor]:
