@@ -129,8 +129,9 @@ def held_out_rows(tokenizer: PreTrainedTokenizerBase, scale: Scale, place: Place
 
 def compressed_tensors(model: TnlForCausalLM) -> Iterator[tuple[nn.Parameter, int]]:
     """Parameters of the matrices that are, or could be, compressed, and the length of a row of each."""
-    for module in model.modules():
-        if isinstance(module, TensorNetworkLinear | TensorNetworkEmbedding):
+    for name, module in model.named_modules():
+        tied = name == "lm_head" and model.config.tie_word_embeddings
+        if isinstance(module, TensorNetworkLinear | TensorNetworkEmbedding) and not tied:
             for core in module.parameters(recurse=False):
                 yield core, core.shape[-1]
     for name in find_matrices(model):
