@@ -13,6 +13,10 @@ from benchmarks.language_modelling.runs import Row, read_rows
 DOCS = REPOSITORY / "docs"
 CURVES = 6  # runs that the plot of learning curves shows, the first ones of the table
 BASE = "base"
+COMPARED = ("tnl-512", "tnl", "tnl-8k", "tnl-64k", "llama-512", "llama", "llama-8k")  # lengths of training
+REFERENCE = "llama"
+FIRST_POSITION = 16384  # before it there is too little text to tell models apart
+SCORES = {f"{split}_{way}": f"{split} {way}" for split in ("validation", "test") for way in (512, 2048, 8192, "stream")}
 
 
 def figure_of(columns: int, width: float = 9.0, height: float = 3.8) -> tuple[Any, list[Any]]:
@@ -57,9 +61,6 @@ def _short(value: Any) -> str:
 def plot_quality(output: Path) -> None:
     """Learning curves on validation text against bytes and against time, and the table of all runs."""
     rows = read_rows(output / "quality.csv")
-    scores = {
-        f"{split}_{way}": f"{split} {way}" for split in ("validation", "test") for way in (512, 2048, 8192, "stream")
-    }
     about = {
         "run": "run",
         "parameters": "parameters",
@@ -67,7 +68,7 @@ def plot_quality(output: Path) -> None:
         "changes": "changes",
         "optimizer": "optimiser",
     }
-    table(rows, about | {"tokens_per_second": "tokens/s"} | scores | {"train_2048": "training text"})
+    table(rows, about | {"tokens_per_second": "tokens/s"} | SCORES | {"train_2048": "training text"})
     curves = defaultdict(list)
     for point in read_rows(output / "quality-curves.csv"):
         if point["held_out_loss"]:
@@ -116,33 +117,23 @@ def plot_ablations(output: Path) -> None:
 
 
 def plot_length(output: Path) -> None:
-    """Bits per byte by position in the test and validation books."""
-    rows = read_rows(output / "length.csv") + read_rows(output / "quality.csv")
-    shown = {
-        row["run"]: row
-        for row in rows
-        if row["run"] in ("tnl", "llama")
-        or row["run"].startswith(("tnl-512", "tnl-8k", "tnl-64k", "llama-512", "llama-8k"))
-    }
-    scores = {
-        f"{split}_{way}": f"{split} {way}" for split in ("validation", "test") for way in (512, 2048, 8192, "stream")
-    }
-    table(list(shown.values()), {"run": "run", "context": "trained at", "tokens_per_second": "tokens/s"} | scores)
-    positions = defaultdict(list)
+    """Bits per byte by position in the held-out books, as a distance to LLaMA that was trained at 2048."""
+    rows = {row["run"]: row for row in read_rows(output / "length.csv") + read_rows(output / "quality.csv")}
+    shown = {name: rows[name] for name in COMPARED if name in rows}
+    table(list(shown.values()), {"run": "run", "context": "trained at"} | SCORES)
+    bits: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
     for name in ("length", "quality"):
         for row in read_rows(output / f"{name}-positions.csv"):
-            if row["run"] in shown:
-                positions[row["run"], row["split"]].append((int(row["to"]), float(row["bits_per_byte"])))
+            bits[row["run"], row["split"]][int(row["to"])] = float(row["bits_per_byte"])
     figure, panels = figure_of(2)
     for axes, split in zip(panels, ("validation", "test"), strict=True):
-        for name in shown:
-            points = [(to, bits) for to, bits in positions[name, split] if to >= 64]
-            if points:
-                axes.plot(
-                    *zip(*points, strict=True), marker=".", label=name, linestyle="--" if "llama" in name else "-"
-                )
+        for name, row in shown.items():
+            at = bits[REFERENCE, split]
+            points = [(to, value - at[to]) for to, value in bits[name, split].items() if to > FIRST_POSITION]
+            label = f"{row['model']}, trained at {int(row['context']):,}"
+            axes.plot(*zip(*points, strict=True), marker=".", label=label, linestyle="--" if "llama" in name else "-")
         axes.set(xscale="log", xlabel="position in the book (bytes)", title=split)
-    panels[0].set_ylabel("bits per byte, positions from half of it on")
+    panels[0].set_ylabel("bits per byte above LLaMA, trained at 2,048")
     panels[0].legend(fontsize=7)
     figure.savefig(DOCS / "quality-length.png", dpi=110)
 
