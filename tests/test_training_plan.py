@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import RESULTS
 from tnl.cli import main
 from tnl.training.plan import read_flops_use
 
@@ -26,14 +27,21 @@ def planned(*arguments: str) -> list[dict[str, Any]]:
 
 
 def test_parameters_memory_and_communication_by_hand() -> None:
-    alone, four = planned("1b", "1", "4", "--sequence_length", "4096", "--flops_use", "0.5")
+    arguments = ("1b", "1", "4", "--sequence_length", "4096", "--flops_use", "0.5")
+    alone, four = planned(*arguments)
     width, inner, layers, vocabulary = 2048, 5632, 16, 64000
     block = 5 * width**2 + 3 * width * inner
     parameters = layers * block + 2 * vocabulary * width + width  # angles of LRPE in the first layer
     assert alone["parameters"] == parameters
-    for name, size in (("parameters", 4), ("gradients", 4), ("optimiser", 8)):
+    for name, size in (("parameters", 4), ("optimiser", 8)):
         assert alone["memory"][name] == size * parameters
         assert four["memory"][name] == size * parameters / 4
+    assert alone["most memory in"] == "the loss"
+    assert alone["memory"]["gradients"] == 0
+    again = planned(*arguments, "--activation_checkpointing", "true")[0]
+    assert again["most memory in"] == "the first block's backward pass"
+    assert again["memory"]["gradients"] == 4 * parameters
+    assert again["memory"]["activations"] == pytest.approx(1.3 * 2 * 4096 * (12 * width + 3 * inner))
     assert alone["communication"] == {"FSDP": 0, "context": 0, "tensor": 0}
     assert four["communication"]["FSDP"] == pytest.approx(3 / 4 * parameters * 8)
     flops = 6 * (parameters - vocabulary * width) + 12 * 128 * 128 * 16 * (layers + 1)
@@ -84,6 +92,21 @@ def test_measured_rates(tmp_path: Path) -> None:
     assert planned("1b", "1", "--measured", str(path))[0]["model_flops_use"] == pytest.approx(0.4, rel=1e-4)
     with pytest.raises(ValueError, match="measured: expected rows of training on one H200"):
         read_flops_use(path, "H200", 1_100_000_000)
+
+
+def test_within_a_tenth_of_what_was_measured() -> None:
+    """Memory on one, two and four GPUs, in the results of the scale benchmark."""
+    rows = []
+    for name in ("training", "models"):
+        with (RESULTS / "scale" / f"{name}.csv").open(newline="") as file:
+            rows += [row for row in csv.DictReader(file) if row["memory_gib"]]
+    assert {row["gpus"] for row in rows} == {"1", "2", "4"}
+    for row in rows:
+        (plan,) = planned(
+            row["model"], row["gpus"], "--sequence_length", row["T"], "--micro_batch_size", row["rows"],
+            "--activation_checkpointing", row["recompute"].lower(),
+        )  # fmt: skip
+        assert plan["memory"]["total"] / GIB == pytest.approx(float(row["memory_gib"]), rel=0.1), row
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from tnl.models import PRESETS, TnlConfig
-from tnl.models.tnl.modeling_tnl import LOGITS_PER_CHUNK
+from tnl.ops.linear_cross_entropy import LOGITS_PER_CHUNK
 from tnl.training.config import PlanSettings, require
 from tnl.training.flops import PEAK_FLOPS, flops_per_token, matrix_parameters
 from tnl.training.parallel import blocks_of
@@ -27,7 +27,8 @@ from tnl.training.parallel import blocks_of
 GIB = 2**30
 ASSUMED_FLOPS_USE = 0.45
 TOKENS_PER_PARAMETER = 20
-OTHER_BYTES = 1.0 * GIB  # workspaces, communication buffers, what the allocator cannot use
+OTHER_BYTES = 0.7 * GIB  # workspaces, communication buffers
+BACKWARD = 1.3  # memory of a block that is computed again, with the gradients within it, over what it keeps (H200)
 
 
 @dataclass(frozen=True)
@@ -66,42 +67,64 @@ def measure(config: TnlConfig) -> Sizes:
     return Sizes(parameters, max(blocks), parameters - sum(blocks), matrix_parameters(model))
 
 
-def memory(settings: PlanSettings, config: TnlConfig, sizes: Sizes, gpus: int) -> dict[str, float]:
-    """Bytes on one GPU, by part."""
+def memory(settings: PlanSettings, config: TnlConfig, sizes: Sizes, gpus: int) -> tuple[str, dict[str, float]]:
+    """The moment of a step that takes the most memory, and the bytes on one GPU then, by part."""
     shards = gpus // settings.tensor
-    own = sizes.parameters / settings.tensor
+    own = sizes.parameters / settings.tensor / shards
+    block, root = sizes.block / settings.tensor, sizes.root / settings.tensor
+    # While a block is computed, its bfloat16 weights and those of the next are whole, and those outside of blocks. A
+    # process alone has what autocast made of a block's weights, or of all that the backward pass will read again.
+    gathered = 2 * (2 * block + root)
+    if shards == 1:
+        gathered = 2 * (2 * block if settings.activation_checkpointing else sizes.matrices / settings.tensor)
+    kept, one_block = _activations(settings, config)
+    backward = BACKWARD * one_block if settings.activation_checkpointing else 0.0
+    tokens = settings.micro_batch_size * settings.sequence_length / settings.context
+    # The gradient of the head, half of what is outside of blocks, in bfloat16 before it is summed up (alone: float32);
+    # those of a block before they are summed up, and in float32 while they are.
+    head = root if shards > 1 else 2 * root
+    block_gradients = 6 * block if shards > 1 else 0.0
+    always = {"parameters": 4 * own, "optimiser": 8 * own, "gathered weights": gathered}
+    moments = {
+        "the loss": {
+            "gradients": 0.0,
+            "gathered gradients": head,
+            "activations": kept,
+            "logits": 4 * min(LOGITS_PER_CHUNK, tokens * config.vocab_size),
+        },
+        "the last block's backward pass": {
+            "gradients": 0.0,
+            "gathered gradients": head + block_gradients,
+            "activations": kept + backward,
+            "logits": 0.0,
+        },
+        "the first block's backward pass": {
+            "gradients": 4 * own,
+            "gathered gradients": block_gradients + (head if shards > 1 else 0.0),
+            "activations": BACKWARD * one_block,
+            "logits": 0.0,
+        },
+    }
+    sums = {name: sum(parts.values()) for name, parts in moments.items()}
+    moment = max(sums, key=lambda name: sums[name])
+    return moment, always | moments[moment] | {"other": OTHER_BYTES}
+
+
+def _activations(settings: PlanSettings, config: TnlConfig) -> tuple[float, float]:
+    """Bytes that a forward pass keeps for the backward pass, and those of one block in full."""
     tokens = settings.micro_batch_size * settings.sequence_length / settings.context
     width, inner = config.hidden_size, config.intermediate_size / settings.tensor
     heads = config.num_attention_heads * (config.head_dim or 0) / settings.tensor
-    # Kept for the backward pass, in 2 bytes: inputs of norms and projections, q k v u before and behind the
-    # activation, output of the attention and of its norm; both factors of the GLU and their product.
+    # In 2 bytes: inputs of norms and projections, q k v u before and behind the activation, output of the attention and
+    # of its norm; both factors of the GLU and their product.
     block = 2 * tokens * (4 * width + 8 * heads + 3 * inner)
-    kept = 2 * tokens * width
     layers = config.num_hidden_layers
-    # With LRPE: the angle, its cosine and sine in float32, encoded queries and keys; the angle in float64 meanwhile.
-    encoded = [layer for layer in range(layers) if config.uses_lrpe(layer)]
-    rotation = 20 * tokens * heads
     if settings.activation_checkpointing:
-        activations = layers * kept + block + rotation * bool(encoded)
-    else:
-        activations = layers * block + rotation * len(encoded)
-    activations += 16 * tokens * heads * bool(encoded)
-    logits = min(LOGITS_PER_CHUNK, tokens * config.vocab_size) * (4 + 4 + 2)
-    # While a block is computed, its bfloat16 weights and those of the next are whole, and those outside of blocks;
-    # a process alone has a bfloat16 copy of the weights of a block from autocast.
-    whole = 2 * (2 * sizes.block + sizes.root) if shards > 1 else 2 * (sizes.block + sizes.root)
-    # Gradients of a block and of what is outside, before they are summed up over the GPUs.
-    gradients = (2 + 4) * (sizes.block + sizes.root) if shards > 1 else 0
-    return {
-        "parameters": 4 * own / shards,
-        "gradients": 4 * own / shards,
-        "optimiser": 8 * own / shards,
-        "gathered weights": whole / settings.tensor,
-        "gathered gradients": gradients / settings.tensor,
-        "activations": activations,
-        "logits": logits,
-        "other": OTHER_BYTES,
-    }
+        return layers * 2 * tokens * width, block
+    # With LRPE: encoded queries and keys; of each position the angle, its cosine and sine in float32.
+    places = settings.sequence_length / settings.context
+    encoded = sum(config.uses_lrpe(layer) for layer in range(layers))
+    return layers * block + encoded * (8 * tokens + 12 * places) * heads, block
 
 
 def communication(settings: PlanSettings, config: TnlConfig, sizes: Sizes, gpus: int) -> dict[str, float]:
@@ -138,7 +161,7 @@ def estimate(settings: PlanSettings, config: TnlConfig, sizes: Sizes, gpus: int,
     peak = PEAK_FLOPS[settings.gpu]
     recomputed = 4 / 3 if settings.activation_checkpointing else 1.0
     compute = step_tokens * flops * recomputed / (gpus * peak * use)
-    parts = memory(settings, config, sizes, gpus)
+    moment, parts = memory(settings, config, sizes, gpus)
     sent = communication(settings, config, sizes, gpus)
     within = {
         "FSDP": gpus <= settings.gpus_per_node,
@@ -154,6 +177,7 @@ def estimate(settings: PlanSettings, config: TnlConfig, sizes: Sizes, gpus: int,
         "gpus": gpus,
         "parameters": sizes.parameters,
         "memory": parts | {"total": sum(parts.values())},
+        "most memory in": moment,
         "fits": sum(parts.values()) <= gpu.memory,
         "communication": sent,
         "seconds": seconds | {"compute": compute, "step": step},
@@ -222,6 +246,7 @@ def describe(estimates: list[dict[str, Any]]) -> list[list[str]]:
 
     for part in estimates[0]["memory"]:
         add(f"{part} [GiB a GPU]", [f"{e['memory'][part] / GIB:,.1f}" for e in estimates])
+    add("most memory in", [e["most memory in"] for e in estimates])
     add("fits", ["yes" if e["fits"] else "no" for e in estimates])
     for kind, size in estimates[0]["communication"].items():
         if any(e["communication"][kind] for e in estimates) or size:
