@@ -73,8 +73,8 @@ FULL = Sizes(
         Training("1b", 2048, 16),
     ),
     context=(
-        Training("1b", 1 << 18, context=0, recompute=True, steps=3),
         Training("1b", 1 << 20, context=0, recompute=True, steps=2),
+        Training("1b", 1 << 18, context=0, recompute=True, steps=3),
     ),
     mesh=(Training("1b", 1 << 18, context=2, recompute=True, steps=3),),
     overrides={},
@@ -160,14 +160,11 @@ def _free(machine: Machine) -> None:
 
 
 def _train_all(name: str, machine: Machine, sizes: Sizes) -> Iterator[Row]:
-    """Each case over 1, 2, 4, ... GPUs."""
+    """Each case over 1, 2, 4, ... GPUs; rows that some of them share over all."""
     for case in getattr(sizes, name):
         alone: Row = {}
-        for count in machine.counts():
-            parts = case.context or count
-            if count % parts:
-                continue
-            row = _try(machine, machine.first(count, parts), case, sizes)
+        for count in machine.counts() if case.context < 2 else [machine.size]:
+            row = _try(machine, machine.first(count, case.context or count), case, sizes)
             machine.wait()
             if row is not None and machine.rank == 0:
                 alone = row if count == 1 and "ms" in row else alone
@@ -195,6 +192,10 @@ def _try(machine: Machine, ranks: Ranks | None, case: Training, sizes: Sizes) ->
     """A row, None in processes that take no part."""
     if ranks is None:
         return None
+    if machine.device.type == "cuda":
+        planned = _plan(case, sizes, ranks.size, 0.0)["memory"]["total"]
+        if planned > 1.1 * torch.cuda.get_device_properties(machine.device).total_memory:
+            return {"error": f"not tried, {planned / 2**30:.0f} GiB planned"}
     try:
         return _train(machine, ranks, case, sizes)
     except torch.OutOfMemoryError:
@@ -214,19 +215,23 @@ def _describe(name: str, row: Row, alone: Row, case: Training, sizes: Sizes, cou
     if "ms" in alone:
         row = row | {"speedup": row["tokens_per_second"] / alone["tokens_per_second"]}
     if "hardware_flops_use" in row:
-        config = TnlConfig.from_preset(case.model, **sizes.overrides)
-        plan = PlanSettings(
-            case.model, [count], sequence_length=case.tokens, micro_batch_size=case.rows,
-            gpu="H200" if "H200" in torch.cuda.get_device_name() else "H100",
-            context=parts, activation_checkpointing=case.recompute,
-        )  # fmt: skip
-        use = (alone if "ms" in alone else row)["hardware_flops_use"]
-        planned = estimate(plan, config, measure(config), count, use)
+        planned = _plan(case, sizes, count, (alone if "ms" in alone else row)["hardware_flops_use"])
         row = row | {
             "planned_gib": planned["memory"]["total"] / 2**30,
             "planned_tokens_per_second": planned["tokens_per_second"],
         }
     return about | row
+
+
+def _plan(case: Training, sizes: Sizes, count: int, use: float) -> Row:
+    """What `tnl plan` says of a case."""
+    config = TnlConfig.from_preset(case.model, **sizes.overrides)
+    settings = PlanSettings(
+        case.model, [count], sequence_length=case.tokens, micro_batch_size=case.rows,
+        gpu="H200" if "H200" in torch.cuda.get_device_name() else "H100",
+        context=case.context or count, activation_checkpointing=case.recompute,
+    )  # fmt: skip
+    return estimate(settings, config, measure(config), count, use or 1.0)
 
 
 def _train(machine: Machine, ranks: Ranks, case: Training, sizes: Sizes) -> Row:
