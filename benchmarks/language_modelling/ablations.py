@@ -21,20 +21,12 @@ PAPER = {
 LAYERS = 6
 
 
-def ablation(name: str, model: str = "tnl", seed: int = 0, **changes: object) -> Run:
+def ablation(name: str, model: str = "tnl", seed: int = 0, rate: float = 2e-3, **changes: object) -> Run:
     """A run of the size of all of them."""
     return Run(
-        name,
-        model,
-        "10m",
-        changes,
-        step_tokens=32768,
-        steps=1200,
-        seed=seed,
-        contexts=(2048,),
-        curve_points=4,
-        seconds=90,
-    )
+        name, model, "10m", changes, step_tokens=32768, steps=1200, optimizer={"learning_rate": rate}, seed=seed,
+        contexts=(2048,), curve_points=4, seconds=70,
+    )  # fmt: skip
 
 
 RUNS = [
@@ -51,13 +43,17 @@ RUNS = [
     ablation("activation-none", hidden_act="none"),
     ablation("glu-silu", glu_act="silu"),
     ablation("value-silu", value_act="silu"),
-    ablation("mamba2", "mamba2"),
-    ablation("gated-delta-net", "gated_delta_net"),
     ablation("heads-3", num_attention_heads=3),
     ablation("heads-12", num_attention_heads=12),
     ablation("hybrid-3", layer_types=hybrid(LAYERS, 3)),
+    ablation("gated-delta-net", "gated_delta_net"),
+    ablation("mamba2", "mamba2"),
     ablation("base-seed-1", seed=1),
     ablation("llama-seed-1", "llama", seed=1),
+    ablation("llama-rate-1e-3", "llama", rate=1e-3),
+    ablation("llama-rate-4e-3", "llama", rate=4e-3),
+    ablation("base-rate-1e-3", rate=1e-3),
+    ablation("base-rate-4e-3", rate=4e-3),
     ablation("norm-rms", norm_type="rms"),
     ablation("norm-layer", norm_type="layer"),
     ablation("activation-relu", hidden_act="relu"),

@@ -20,7 +20,6 @@ MEGABYTE = 1_000_000
 PYTHON_MEGABYTES = 80
 HELD_OUT_SHARE = 0.015  # of the Python files, for validation and for test each
 BPE_TOKENS = 16384
-CORPORA = ("novels", "novels-49", "python")
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def write_corpus(name: str, work: Path, bpe: bool = False, most: int | None = No
     """Lay a corpus out below `work`, once; several processes must not do so at the same time.
 
     Args:
-        name: `novels` (all of them), `novels-49` (the first books that make up 49 MB) or `python`.
+        name: `novels` (all of them), `novels-20` (the first books that make up 20 MB, and so on) or `python`.
         work: Folder for what can be made again.
         bpe: Also train a BPE of 16,384 tokens on the training text.
         most: Most bytes of each part, to try things out.
@@ -62,7 +61,8 @@ def write_corpus(name: str, work: Path, bpe: bool = False, most: int | None = No
     folder = work / (name if most is None else f"{name}-{most}-bytes")
     if not folder.is_dir():
         work.mkdir(parents=True, exist_ok=True)
-        parts = python_source() if name == "python" else novels(49 * MEGABYTE if name == "novels-49" else None)
+        megabytes = int(name.removeprefix("novels-")) if name.startswith("novels-") else None
+        parts = python_source() if name == "python" else novels(megabytes)
         with unfinished_folder(folder) as unfinished:
             _write(parts, unfinished, most)
     corpus = Corpus(folder)
@@ -95,8 +95,8 @@ def _pieces(path: Path) -> Iterator[str]:
             yield "".join(lines)
 
 
-def novels(most_train: int | None) -> Iterator[tuple[str, str, bytes]]:
-    """Split, name and text of each novel."""
+def novels(megabytes: int | None) -> Iterator[tuple[str, str, bytes]]:
+    """Split, name and text of each novel; those to train on, in the order of their names, as far as they fit."""
     source = SHARED_DATA / "novels"
     if not source.is_dir():
         raise FileNotFoundError(
@@ -107,7 +107,7 @@ def novels(most_train: int | None) -> Iterator[tuple[str, str, bytes]]:
         for path in sorted((source / split).glob("*.txt.xz")):
             content = lzma.decompress(path.read_bytes())
             if split == "train":
-                if most_train is not None and taken + len(content) > most_train:
+                if megabytes is not None and taken + len(content) > megabytes * MEGABYTE:
                     continue
                 taken += len(content)
             yield split, path.name.removesuffix(".xz"), content

@@ -13,8 +13,7 @@ from benchmarks.language_modelling.runs import Row, read_rows
 DOCS = REPOSITORY / "docs"
 CURVES = 6  # runs that the plot of learning curves shows, the first ones of the table
 BASE = "base"
-COMPARED = ("tnl-512", "tnl", "tnl-8k", "tnl-64k", "llama-512", "llama", "llama-8k")  # lengths of training
-REFERENCE = "llama"
+REFERENCE = "llama-2048"
 FIRST_POSITION = 16384  # before it there is too little text to tell models apart
 SCORES = {f"{split}_{way}": f"{split} {way}" for split in ("validation", "test") for way in (512, 2048, 8192, "stream")}
 
@@ -101,7 +100,13 @@ def plot_ablations(output: Path) -> None:
             row["paper"] = PAPER[row["run"]]
             row["paper_difference"] = PAPER[row["run"]] - PAPER[BASE]
     rows.sort(key=lambda row: row["difference"])
-    columns = {"run": "run", "changes": "changes", "parameters": "parameters", "validation_2048": "bits per byte"}
+    columns = {
+        "run": "run",
+        "changes": "changes",
+        "learning_rate": "rate",
+        "parameters": "parameters",
+        "validation_2048": "bits per byte",
+    }
     table(
         rows, columns | {"difference": "to the base", "paper": "paper, loss", "paper_difference": "paper, to the base"}
     )
@@ -118,20 +123,19 @@ def plot_ablations(output: Path) -> None:
 
 def plot_length(output: Path) -> None:
     """Bits per byte by position in the held-out books, as a distance to LLaMA that was trained at 2048."""
-    rows = {row["run"]: row for row in read_rows(output / "length.csv") + read_rows(output / "quality.csv")}
-    shown = {name: rows[name] for name in COMPARED if name in rows}
-    table(list(shown.values()), {"run": "run", "context": "trained at"} | SCORES)
+    rows = sorted(read_rows(output / "length.csv"), key=lambda row: (row["model"] != "tnl", int(row["context"])))
+    table(rows, {"run": "run", "context": "trained at"} | SCORES)
     bits: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
-    for name in ("length", "quality"):
-        for row in read_rows(output / f"{name}-positions.csv"):
-            bits[row["run"], row["split"]][int(row["to"])] = float(row["bits_per_byte"])
+    for row in read_rows(output / "length-positions.csv"):
+        bits[row["run"], row["split"]][int(row["to"])] = float(row["bits_per_byte"])
     figure, panels = figure_of(2)
     for axes, split in zip(panels, ("validation", "test"), strict=True):
-        for name, row in shown.items():
+        for row in rows:
             at = bits[REFERENCE, split]
-            points = [(to, value - at[to]) for to, value in bits[name, split].items() if to > FIRST_POSITION]
+            points = [(to, value - at[to]) for to, value in bits[row["run"], split].items() if to > FIRST_POSITION]
             label = f"{row['model']}, trained at {int(row['context']):,}"
-            axes.plot(*zip(*points, strict=True), marker=".", label=label, linestyle="--" if "llama" in name else "-")
+            style = "--" if row["model"] == "llama" else "-"
+            axes.plot(*zip(*points, strict=True), marker=".", label=label, linestyle=style)
         axes.set(xscale="log", xlabel="position in the book (bytes)", title=split)
     panels[0].set_ylabel("bits per byte above LLaMA, trained at 2,048")
     panels[0].legend(fontsize=7)

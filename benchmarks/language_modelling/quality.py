@@ -11,17 +11,20 @@ from benchmarks.language_modelling.runs import Run, add_arguments, execute
 
 __all__ = ["RUNS", "add_arguments", "run"]
 
-ONE_PASS = 1200  # steps of 65,536 bytes over 77 MB
-SIX_PASSES = 4500  # over 49 MB
-BPE: dict[str, Any] = {"tokenizer": "bpe", "step_tokens": 32768, "steps": 1150}  # about four bytes a token: two passes
+SIX_PASSES = 3600  # steps of 32,768 bytes over 20 MB
+SMALL: dict[str, Any] = {"size": "10m", "step_tokens": 32768}
 MORE_HEADS = {"num_attention_heads": 10}
-
 LOW_RATE = {"learning_rate": 1e-3}
 
 
-def overfit(name: str, model: str, seconds: int, **others: Any) -> Run:
-    """A run of six passes over 49 MB, at the pilot's size."""
-    return Run(name, model, "25m", corpus="novels-49", steps=SIX_PASSES, seconds=seconds, **others)
+def overfit(name: str, model: str, **others: Any) -> Run:
+    """Six passes over 20 MB with 10M parameters: as many bytes a parameter as the pilot had."""
+    return Run(name, model, corpus="novels-20", steps=SIX_PASSES, contexts=(2048,), seconds=90, **SMALL, **others)
+
+
+def half_a_pass(name: str, model: str, **others: Any) -> Run:
+    """As in the ablations."""
+    return Run(name, model, steps=1200, contexts=(2048,), seconds=70, **SMALL, **others)
 
 
 RUNS = [
@@ -29,23 +32,23 @@ RUNS = [
     Run("llama", "llama", seconds=215),
     Run("tnl-10-heads", "tnl", changes=MORE_HEADS, seconds=195),
     Run("tnl-rate-1e-3", "tnl", optimizer=LOW_RATE, seconds=195),
-    overfit("tnl-6-passes-dropout-0.1", "tnl", 200, changes={"dropout": 0.1}),
-    overfit("llama-6-passes", "llama", 220),
     Run("llama-rate-1e-3", "llama", optimizer=LOW_RATE, seconds=215),
-    overfit("tnl-6-passes", "tnl", 200),
-    overfit("llama-6-passes-dropout-0.1", "llama", 240, changes={"attention_dropout": 0.1}),
-    Run("llama-10-heads", "llama", changes=MORE_HEADS | {"num_key_value_heads": 10}, seconds=215),
-    Run("tnl-bpe", "tnl", **BPE, seconds=120),
-    Run("llama-bpe", "llama", **BPE, seconds=130),
-    overfit("tnl-6-passes-dropout-0.2", "tnl", 200, changes={"dropout": 0.2}),
+    overfit("tnl-6-passes-dropout-0.1", "tnl", changes={"dropout": 0.1}),
+    overfit("llama-6-passes", "llama"),
+    overfit("tnl-6-passes", "tnl"),
+    overfit("tnl-6-passes-dropout-0.2", "tnl", changes={"dropout": 0.2}),
+    overfit("llama-6-passes-dropout-0.1", "llama", changes={"attention_dropout": 0.1}),
+    overfit("llama-6-passes-decay-0.3", "llama", optimizer={"weight_decay": 0.3}),
+    overfit("tnl-6-passes-decay-0.3", "tnl", optimizer={"weight_decay": 0.3}),
+    half_a_pass("tnl-bpe", "tnl", tokenizer="bpe"),
+    half_a_pass("llama-bpe", "llama", tokenizer="bpe"),
+    half_a_pass("tnl-python", "tnl", corpus="python"),
+    half_a_pass("llama-python", "llama", corpus="python"),
     Run("tnl-seed-1", "tnl", seed=1, seconds=195),
     Run("llama-seed-1", "llama", seed=1, seconds=215),
-    overfit("llama-6-passes-decay-0.3", "llama", 220, optimizer={"weight_decay": 0.3}),
-    Run("tnl-10-heads-rate-1e-3", "tnl", changes=MORE_HEADS, optimizer=LOW_RATE, seconds=195),
-    Run("gated-delta-net", "gated_delta_net", seconds=350),
-    Run("tnl-python", "tnl", corpus="python", steps=ONE_PASS, seconds=125),
-    Run("llama-python", "llama", corpus="python", steps=ONE_PASS, seconds=135),
+    Run("llama-10-heads", "llama", changes=MORE_HEADS | {"num_key_value_heads": 10}, seconds=215),
     Run("hybrid", "tnl", changes={"layer_types": hybrid(10, 5)}, seconds=210),
+    Run("gated-delta-net", "gated_delta_net", seconds=350),
     Run("mamba2", "mamba2", seconds=350),
 ]
 

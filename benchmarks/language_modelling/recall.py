@@ -25,11 +25,12 @@ VOCABULARY = 8192
 POWER = 0.01  # of the law that distances between a pair and its query follow, as in the source
 TRAINING = ((64, 4), (128, 8), (256, 16), (256, 32), (256, 64))  # tokens and pairs, in turn
 TESTS = (*TRAINING, (512, 128), (1024, 256))
-WIDTHS = (64, 128, 256)
-RATES = (1e-3, 3e-3)
+WIDTHS = (128, 64, 256)
+RATES = (3e-3, 1e-3)
 HEAD_WIDTH = 64  # but two heads at least
 BATCH_TOKENS = 32768
 TEST_ROWS = 1024
+MODELS = ("tnl", "hybrid", "llama", "tnl-lrpe-all")
 CHANGES: dict[str, dict[str, Any]] = {
     "tnl": {},
     "tnl-lrpe-all": {"lrpe_layers": "all"},
@@ -44,7 +45,7 @@ class Trial:
     model: str
     width: int
     rate: float
-    steps: int = 4000
+    steps: int = 3000
     seed: int = 0
     device: str = "cpu"
 
@@ -154,18 +155,17 @@ def test(model: PreTrainedModel, tokens: int, pairs: int) -> float:
 
 
 def trials(options: argparse.Namespace) -> list[Trial]:
-    """All models, the smallest first, spread over the GPUs."""
+    """All models, spread over the GPUs."""
     gpus = [gpu for gpu in options.gpus.split(",") if gpu]
     if not gpus and torch.cuda.is_available():
         gpus = [str(i) for i in range(torch.cuda.device_count())]
     devices = [f"cuda:{gpu}" for gpu in gpus] or ["cpu"]
-    models = ("tnl", "hybrid", "llama", "tnl-lrpe-all")
-    chosen = [(model, width, rate) for width in WIDTHS for model in models for rate in RATES]
+    chosen = [(model, width, rate) for rate in RATES for width in WIDTHS for model in MODELS]
     return [Trial(*each, options.steps, device=devices[i % len(devices)]) for i, each in enumerate(chosen)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=4000, help="optimiser steps of a trial")
+    parser.add_argument("--steps", type=int, default=3000, help="optimiser steps of a trial")
     parser.add_argument("--gpus", default="", help="GPUs to use, such as 0,1,2; all by default")
     parser.add_argument("--slots", type=int, default=6, help="trials at a time on each GPU")
     parser.add_argument("--seconds", type=float, default=0, help="stop after this time; 0: when all is done")

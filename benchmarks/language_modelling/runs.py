@@ -32,7 +32,7 @@ RESULT_FOLDER = RESULTS / "language_modelling"
 TINY: dict[str, Any] = {"size": "tiny", "context": 64, "step_tokens": 256, "steps": 6, "contexts": (32, 64)}
 TINY_BYTES = 6000
 POLL_SECONDS = 1.0
-SLOWER = 0.55  # by this share, for each run more on the same GPU
+SLOWER = 0.5  # by this share, for each run more on the same GPU
 GRACE_SECONDS = 20  # before the end, in which a stopped run may write its checkpoint
 
 
@@ -45,7 +45,7 @@ class Run:
         model: See `models.overrides_of`.
         size: One of `models.SIZES`.
         changes: Fields of the model's configuration that differ.
-        corpus: One of `corpus.CORPORA`.
+        corpus: See `corpus.write_corpus`.
         tokenizer: `bytes` or `bpe`.
         context: Tokens of a row.
         step_tokens: Tokens of an optimiser step.
