@@ -91,7 +91,7 @@ def _prefill(
         log_decay,
         initial_state=initial,
         return_final_state=True,
-        cu_seqlens=step.prefill_bounds,
+        cu_seqlens=step.prefill_bounds if len(rows) > 1 else None,  # one alone may be cut over the whole GPU
     )
     assert final is not None
     for pool, part in zip(pools, final.chunk(len(pools), dim=2), strict=True):
