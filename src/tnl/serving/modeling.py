@@ -45,11 +45,13 @@ from vllm.model_executor.models.utils import (
     make_layers,
     maybe_prefix,
 )
+from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from tnl.models.tnl.configuration_tnl import TnlConfig
 from tnl.models.tnl.modeling_tnl import ACTIVATION_FUNCTIONS, TnlNorm, TnlRelativePositions
 from tnl.models.tnl.released import KEY_MAP
+from tnl.serving.cpu import keep_seeds_of_unfinished_prompts
 from tnl.serving.states import PooledLightningAttention
 from tnl.slopes import log_decay
 
@@ -277,6 +279,8 @@ class TnlForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPre
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
+        if current_platform.is_cpu():
+            keep_seeds_of_unfinished_prompts()
         config: TnlConfig = vllm_config.model_config.hf_config
         self.config = config
         self.model: Any = TnlModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
