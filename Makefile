@@ -41,7 +41,7 @@ $(SERVE_STAMP): pyproject.toml requirements-serve.txt
 	touch $@
 
 test-serve: $(SERVE_STAMP)
-	$(SERVE_BIN)/python -m pytest -m serve tests/test_serving_engine.py tests/test_serving_server.py
+	$(SERVE_BIN)/python -m pytest -m serve tests/test_serving_engine.py tests/test_serving_http.py
 
 serve-demo: $(SERVE_STAMP)
 	$(SERVE_BIN)/python -m benchmarks.serving demo
