@@ -9,25 +9,31 @@ import argparse
 import csv
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks import REPOSITORY, RESULTS, SHARED_DATA
 from benchmarks.compression.cases import CASES, SCALES, Case, Scale
 
+if TYPE_CHECKING:
+    from benchmarks.compression.worker import Place
+
 POLL_SECONDS = 1.0
+SPEED_SECONDS = 60.0  # kept for measuring speed at the end
+SPEED_COLUMNS = ("tokens_per_second", "decoded_tokens_per_second", "memory_gib")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compression", description=__doc__)
-    parser.add_argument("action", nargs="?", choices=["run", "plot", "case"], default="run")
+    parser.add_argument("action", nargs="?", choices=["run", "plot", "case", "speed"], default="run")
     parser.add_argument("--scale", choices=list(SCALES), default="gpu")
     parser.add_argument("--work", type=Path, required=False, default=REPOSITORY / "runs" / "compression")
     parser.add_argument("--output", type=Path, default=RESULTS / "compression")
-    parser.add_argument("--gpus", default="0", help="numbers of GPUs, with commas; one process each")
+    parser.add_argument("--gpus", default="0", help="numbers of GPUs, with commas")
+    parser.add_argument("--slots", type=int, default=1, help="cases at the same time on each GPU")
     parser.add_argument("--seconds", type=float, default=540.0)
     parser.add_argument("--methods", help="names of methods, with semicolons; all by default")
     parser.add_argument("--budgets", help="shares, with commas; all by default")
@@ -39,7 +45,13 @@ def main() -> None:
 
         draw(options.output)
     elif options.action == "case":
-        run_one(CASES[options.case], scale, options.work)
+        from benchmarks.compression.worker import run_case
+
+        run_case(CASES[options.case], scale, place_of(options.work))
+    elif options.action == "speed":
+        from benchmarks.compression.worker import measure_speed
+
+        measure_speed(CASES, scale, place_of(options.work))
     else:
         run(options, scale)
 
@@ -51,20 +63,30 @@ def run(options: argparse.Namespace, scale: Scale) -> None:
     gpus = options.gpus.split(",")
     train(options.work, scale, gpus[0])
     waiting = [case for case in CASES if is_wanted(case, options) and not is_done(case, options.work)]
+    slots = [f"{gpu}.{slot}" for slot in range(options.slots) for gpu in gpus]
     running: dict[str, tuple[subprocess.Popen[bytes], Case]] = {}
-    while (waiting or running) and time.monotonic() < deadline:
-        for gpu in gpus:
-            if gpu in running and running[gpu][0].poll() is not None:
-                process, case = running.pop(gpu)
+    while (waiting or running) and time.monotonic() < deadline - SPEED_SECONDS:
+        for slot in slots:
+            if slot in running and running[slot][0].poll() is not None:
+                process, case = running.pop(slot)
                 print(f"{case.name}: exit code {process.returncode}", flush=True)
-            if gpu not in running and waiting:
+            if slot not in running and waiting:
                 case = waiting.pop(0)
-                running[gpu] = start(case, options, gpu), case
+                running[slot] = start(case, options, slot.partition(".")[0]), case
         write_table(options)
         time.sleep(POLL_SECONDS)
     for process, case in running.values():
-        process.send_signal(signal.SIGKILL)
+        process.kill()
+        process.wait()
         print(f"{case.name}: out of time", flush=True)
+    write_table(options)
+    # Alone on the GPU, when all else is over.
+    place = ["--scale", options.scale, "--work", str(options.work)]
+    try:
+        left = max(1.0, deadline - time.monotonic())
+        command("benchmarks.compression", "speed", *place, gpu=gpus[0], timeout=left)
+    except subprocess.TimeoutExpired:
+        print("speed: out of time", flush=True)
     write_table(options)
 
 
@@ -89,9 +111,9 @@ def environment(gpu: str) -> dict[str, str]:
     return os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
 
 
-def command(*arguments: str, gpu: str) -> None:
+def command(*arguments: str, gpu: str, timeout: float | None = None) -> None:
     started = time.monotonic()
-    subprocess.run([sys.executable, "-m", *arguments], check=True, env=environment(gpu))
+    subprocess.run([sys.executable, "-m", *arguments], check=True, env=environment(gpu), timeout=timeout)
     print(f"{arguments[1]}: {time.monotonic() - started:.0f} s", flush=True)
 
 
@@ -104,15 +126,12 @@ def start(case: Case, options: argparse.Namespace, gpu: str) -> "subprocess.Pope
     return subprocess.Popen(call, stdout=log, stderr=subprocess.STDOUT, env=environment(gpu))
 
 
-def run_one(case: Case, scale: Scale, work: Path) -> None:
-    """One case in this process."""
-    from benchmarks.compression.worker import Place, run_case
+def place_of(work: Path) -> "Place":
+    """Folders of a case."""
+    from benchmarks.compression.worker import Place
 
     novels = SHARED_DATA / "novels"
-    place = Place(
-        work / "original", work / "text", [f"{novels}/train/*.xz"], [f"{novels}/validation/*.xz"], work
-    )  # fmt: skip
-    run_case(case, scale, place)
+    return Place(work / "original", work / "text", [f"{novels}/train/*.xz"], [f"{novels}/validation/*.xz"], work)
 
 
 def is_wanted(case: Case, options: argparse.Namespace) -> bool:
@@ -127,8 +146,10 @@ def is_done(case: Case, work: Path) -> bool:
 
 def write_table(options: argparse.Namespace) -> None:
     """All rows that are known, as `SCALE.csv` in the output folder."""
-    found = [options.work / "rows" / f"{case.name}.{healed}.json" for case in CASES for healed in (0, 1)]
-    rows = [json.loads(path.read_text()) for path in found if path.exists()]
+    folder, rows = options.work / "rows", []
+    for case in CASES:
+        speed = read(folder / f"{case.name}.speed.json") or dict.fromkeys(SPEED_COLUMNS)
+        rows += [row | speed for healed in (0, 1) if (row := read(folder / f"{case.name}.{healed}.json"))]
     if not rows:
         return
     path = options.output / f"{options.scale}.csv"
@@ -139,6 +160,11 @@ def write_table(options: argparse.Namespace) -> None:
         writer.writeheader()
         writer.writerows(rows)
     partial.replace(path)
+
+
+def read(path: Path) -> dict[str, object]:
+    """A row, empty where there is none."""
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 if __name__ == "__main__":

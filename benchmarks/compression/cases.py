@@ -91,11 +91,17 @@ GPU = Scale(
     },
     sequence_length=2048,
     batch_size=32,
-    steps=2400,
+    steps=2000,
     learning_rate=2e-3,
     precision="bfloat16",
     measured_rows=256,
-    compression={"calibration_tokens": 1 << 18, "sequence_length": 1024, "orders": [3, 4], "evaluations": 8},
+    compression={
+        "calibration_tokens": 1 << 17,
+        "sequence_length": 1024,
+        "orders": [3],
+        "evaluations": 5,
+        "iterations": 200,
+    },
 )
 CPU = Scale(
     model={"tie_word_embeddings": False},

@@ -109,7 +109,7 @@ def heal(model: Path, output: Path, steps: int, scale: Scale, place: Place) -> P
 
 
 def measure(folder: Path, scale: Scale, place: Place, about: Row) -> Row:
-    """Quality in float32 and after rounding to int8, size, speed and memory in 16 bits (float32 on a CPU)."""
+    """Quality in float32 and after rounding to int8, and size."""
     device = choose_device("auto")
     model, tokenizer = load_model(str(folder), device, "float32")
     rows = held_out_rows(tokenizer, scale, place)
@@ -118,8 +118,18 @@ def measure(folder: Path, scale: Scale, place: Place, about: Row) -> Row:
     row["bits_per_byte"] = bits_per_byte(model, rows, batch, lambda _: None)
     with rounded_to_int8(model):
         row["bits_per_byte_int8"] = bits_per_byte(model, rows, batch, lambda _: None)
-    row |= speed(model.to(torch.bfloat16 if device.type == "cuda" else torch.float32), rows)
     return row | machine()
+
+
+def measure_speed(cases: list[Case], scale: Scale, place: Place) -> None:
+    """Speed and memory of the models that were written, one after another, in 16 bits (float32 on a CPU)."""
+    device = choose_device("auto")
+    for case in cases:
+        folder = place.model if case.method == ORIGINAL else place.work / "cases" / case.name
+        if (folder / "model" / "config.json").exists() and (place.work / "rows" / f"{case.name}.0.json").exists():
+            dtype = "bfloat16" if device.type == "cuda" else "float32"
+            model, tokenizer = load_model(str(folder / "model"), device, dtype)
+            write(place, f"{case.name}.speed", speed(model, held_out_rows(tokenizer, scale, place)))
 
 
 def held_out_rows(tokenizer: PreTrainedTokenizerBase, scale: Scale, place: Place) -> Rows:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tnl.compression.metric import Metric, Spectrum
-from tnl.models.tnl.matrix_network import MatrixNetwork
+from tnl.models.tnl.matrix_network import MatrixNetwork, contract_to_matrix
 from tnss import Structure
 
 
@@ -38,8 +38,7 @@ def balance(cores: Sequence[Tensor]) -> list[Tensor]:
 
 def network_error(matrix: Tensor, metric: Metric, network: MatrixNetwork, cores: Sequence[Tensor]) -> Tensor:
     """`|A^T (W - N) B|^2 / 2`, differentiable in the cores."""
-    dense = network.unfold(torch.einsum(network.structure.einsum(), *cores))
-    return 0.5 * metric.whiten(matrix - dense).square().sum()
+    return 0.5 * metric.whiten(matrix - contract_to_matrix(network, cores)).square().sum()
 
 
 def refine(

@@ -169,9 +169,3 @@ def _along(tensor: Tensor, axis: int, side: Side, undo: bool) -> Tensor:
     flat = moved.reshape(moved.shape[0], -1)
     flat = side.undo(flat) if undo else side.apply(flat)
     return flat.reshape(moved.shape).movedim(0, axis)
-
-
-def to_matrix(network: MatrixNetwork, cores: Sequence[Tensor]) -> Tensor:
-    """The matrix `[m, n]` of cores without pinning."""
-    symbols = [core.to(torch.float64) for core in cores]
-    return network.unfold(torch.einsum(network.structure.einsum(), *symbols))

@@ -34,6 +34,7 @@ class CompressSettings:
         share: One structure for all matrices of a kind, found on one of them; otherwise one search each.
         orders: Orders of the tensors that a matrix is folded into for the search.
         evaluations: Most structures fitted in one search.
+        iterations: Iterations of L-BFGS by which networks that are kept are fitted to the end; others get a quarter.
         calibration_tokens: Tokens of `data` from which second moments are gathered.
         sequence_length: Tokens in a row of calibration text.
         damping: Share of the mean second moment that is added to all of them.
@@ -56,6 +57,7 @@ class CompressSettings:
     share: bool = True
     orders: list[int] = field(default_factory=lambda: [3, 4, 6])
     evaluations: int = 8
+    iterations: int = 400
     calibration_tokens: int = 65536
     sequence_length: int = 512
     damping: float = 0.01
@@ -71,7 +73,7 @@ class CompressSettings:
         given = bool(self.data) or self.weighting == "none"
         require("data", self.data, given, f"calibration text, which weighting: {self.weighting} needs")
         require("orders", self.orders, all(3 <= order <= 8 for order in self.orders), "numbers from 3 to 8")
-        for name in ("evaluations", "calibration_tokens"):
+        for name in ("evaluations", "iterations", "calibration_tokens"):
             require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         require("sequence_length", self.sequence_length, self.sequence_length >= 2, "at least 2")
         require("damping", self.damping, 0 < self.damping <= 1, "above 0 and at most 1")

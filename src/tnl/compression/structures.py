@@ -25,11 +25,9 @@ from tnl.compression.settings import CompressSettings
 from tnl.models.tnl.matrix_network import MatrixNetwork
 from tnss.executor import Executor
 
-SCALES = (0.6, 0.8, 1.25)  # of the ranks of a structure that was found, beside 1
+SCALES = (0.7, 1.3)  # of the ranks of a structure that was found, beside 1
 COMPLETE_ORDER = 4  # up to this order any graph is searched, above it rings
 LARGEST_RANK = 512
-ITERATIONS = 100  # of a fit in the true metric
-LAST_ITERATIONS = 400  # of the fits that are kept
 REFINED = 3  # structures of a search that are fitted in the true metric
 WORTH_FITTING = 1.1  # times the error of a decomposition of the same size
 KEPT = 2  # structures of a kind that are fitted to all of its matrices
@@ -79,13 +77,10 @@ class Fits:
     settings: CompressSettings
 
     def fit(
-        self,
-        matrix: Matrix,
-        network: MatrixNetwork,
-        start: list[Tensor] | None = None,
-        iterations: int = ITERATIONS,
+        self, matrix: Matrix, network: MatrixNetwork, start: list[Tensor] | None = None, to_the_end: bool = False
     ) -> Option:
         """The network fitted to the matrix in its metric, from given cores or from those `tnss` finds."""
+        iterations = self.settings.iterations if to_the_end else -(-self.settings.iterations // 4)
         key = json.dumps([self.identity, matrix.name, network.to_dict(), start is not None, iterations])
         path = self.folder / f"fit-{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
         device = matrix.weight.device
@@ -108,7 +103,7 @@ class Fits:
         """The option that was chosen, fitted to the end where it is a network."""
         if option.network is None:
             return option
-        return self.fit(matrix, option.network, list(option.cores), LAST_ITERATIONS)
+        return self.fit(matrix, option.network, list(option.cores), to_the_end=True)
 
 
 def als(settings: CompressSettings, device: torch.device) -> tnss.ALS:

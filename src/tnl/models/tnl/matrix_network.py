@@ -196,14 +196,7 @@ class _NetworkModule(nn.Module):
 
     def dense(self) -> Tensor:
         """The matrix `[m, n]`."""
-        names = _symbols(self.network)
-        output = "".join(names[f"factor {f}"] for f in range(len(self.network.rows + self.network.columns)))
-        terms = ("".join(names[index] for index in indices) for indices in self.network.indices())
-        cores = list(self.whole_cores())
-        steps = _steps(f"{','.join(terms)}->{output}", tuple(tuple(core.shape) for core in cores))
-        whole = _contract(steps, cores)
-        whole = whole.reshape(math.prod(self.network.rows), math.prod(self.network.columns))
-        return whole[: self.network.shape[0], : self.network.shape[1]]
+        return contract_to_matrix(self.network, list(self.whole_cores()))
 
     def extra_repr(self) -> str:
         """Shape, graph and size, for `print(model)`."""
@@ -280,6 +273,13 @@ class TensorNetworkEmbedding(_NetworkModule):
         return output.reshape(tokens.shape[0], -1)[:, : self.embedding_dim].reshape(*ids.shape, self.embedding_dim)
 
 
+def contract_to_matrix(network: MatrixNetwork, cores: Sequence[Tensor]) -> Tensor:
+    """The matrix `[m, n]` of cores without pinning, of the shapes of the structure or with modes cut into factors."""
+    whole = [core.reshape(shape) for core, shape in zip(cores, network.factor_shapes(), strict=True)]
+    matrix = _contract(_matrix_steps(network), whole).reshape(math.prod(network.rows), math.prod(network.columns))
+    return matrix[: network.shape[0], : network.shape[1]]
+
+
 def replace_matrices(module: nn.Module, networks: Mapping[str, Mapping[str, Any]], prefix: str) -> None:
     """Put tensor networks in place of the matrices of a module.
 
@@ -314,6 +314,14 @@ def _symbols(network: MatrixNetwork) -> dict[str, str]:
     names = [f"edge {edge}" for edge in range(len(network.structure.edges))]
     names += [f"factor {factor}" for factor in range(len(network.rows + network.columns))]
     return {name: opt_einsum.get_symbol(number) for number, name in enumerate([*names, TOKENS])}
+
+
+@functools.cache
+def _matrix_steps(network: MatrixNetwork) -> tuple[Step, ...]:
+    names = _symbols(network)
+    output = "".join(names[f"factor {factor}"] for factor in range(len(network.rows + network.columns)))
+    terms = ("".join(names[index] for index in indices) for indices in network.indices())
+    return _steps(f"{','.join(terms)}->{output}", tuple(network.factor_shapes()))
 
 
 @functools.cache

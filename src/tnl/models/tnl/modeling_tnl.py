@@ -32,6 +32,7 @@ from tnl.models.tnl.matrix_network import TensorNetworkEmbedding, TensorNetworkL
 from tnl.ops import lightning_attention, lightning_attention_step
 from tnl.ops.linear_cross_entropy import linear_cross_entropy
 from tnl.ops.norm import gated_srms_norm, srms_norm
+from tnl.ops.streams import split_streams
 from tnl.slopes import log_decay
 
 LRPE_BASE = 10000.0
@@ -152,6 +153,7 @@ class TnlAttention(nn.Module):
         self.value_activation = ACTIVATION_FUNCTIONS[config.value_act]
         width = self.num_heads * self.head_dim
         streams = 4 if config.gate in ("linear", "sigmoid") else 3
+        self.splits_as_tnl = streams == 4 and (config.hidden_act, config.value_act) == ("silu", "none")
         self.qkvu_proj = nn.Linear(config.hidden_size, streams * width, bias=False)
         if config.gate == "low_rank_sigmoid":
             self.gate_down_proj = nn.Linear(config.hidden_size, self.head_dim, bias=False)
@@ -174,9 +176,13 @@ class TnlAttention(nn.Module):
     ) -> Tensor:
         """Attend within each row, or within each packed document; see `TnlDecoderLayer.forward`."""
         batch, length, _ = hidden_states.shape
-        qkvu = self.qkvu_proj(hidden_states).view(batch, length, -1, self.num_heads, self.head_dim).unbind(2)
-        query, key = self.activation(qkvu[0]), self.activation(qkvu[1])
-        value = self.value_activation(qkvu[2])
+        qkvu = self.qkvu_proj(hidden_states).view(batch, length, -1, self.num_heads, self.head_dim)
+        if self.splits_as_tnl:
+            query, key, value, gate = split_streams(qkvu)
+        else:
+            streams = qkvu.unbind(2)
+            query, key = self.activation(streams[0]), self.activation(streams[1])
+            value, gate = self.value_activation(streams[2]), streams[-1]
         if self.lrpe is not None:
             query, key = self.lrpe(query, key, position_ids)
         if padding_mask is not None:
@@ -189,8 +195,7 @@ class TnlAttention(nn.Module):
                 query, key, value = (x.flatten(0, 1)[None] for x in (query, key, value))
             output, _ = self.operator(query, key, value, log_decay, cu_seqlens=cu_seqlens)
         output = output.reshape(batch, length, -1)
-        gate = self._gate(hidden_states, qkvu[-1].flatten(2))
-        return self.o_proj(self.norm(output, gate))
+        return self.o_proj(self.norm(output, self._gate(hidden_states, gate.flatten(2))))
 
     def _gate(self, hidden_states: Tensor, projected: Tensor) -> Tensor | None:
         if self.gate == "none":
