@@ -213,11 +213,15 @@ def test_memory_stays_flat(server: Server, expected: list[Reference]) -> None:
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             return sum(pool.map(one, range(8)))
 
-    load_for(5)
-    before = server.memory()
-    assert load_for(15) > 8
-    server.wait_until_idle()
-    assert server.memory() - before < 24 << 20
+    load_for(15)  # allocators and pools of threads settle
+    grown = []
+    for _ in range(3):
+        server.wait_until_idle()
+        before = server.memory()
+        assert load_for(6) > 8
+        server.wait_until_idle()
+        grown.append(server.memory() - before)
+    assert min(grown) < 4 << 20, grown  # what leaks does so each time
 
 
 def test_default_address_and_memory(server: Server) -> None:

