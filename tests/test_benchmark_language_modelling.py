@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from benchmarks.language_modelling import ablations, corpus, evaluation, length, quality, recall, runs, worker
+from benchmarks.language_modelling import ablations, corpus, evaluation, length, plots, quality, recall, runs, worker
 from benchmarks.language_modelling.models import SIZES, configuration, count_parameters, overrides_of
 from tnl.training.tokenizer import byte_tokenizer, train_bpe
 
@@ -153,3 +153,26 @@ def test_a_run_from_text_to_table(tmp_path: Path, shared_data: Path) -> None:
     before = (tmp_path / "o" / "quality.csv").stat().st_mtime_ns
     quality.run(options)  # nothing is left to do
     assert (tmp_path / "o" / "quality.csv").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("name", ["quality", "ablations", "length", "recall"])
+def test_page_shows_the_results(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not (runs.RESULT_FOLDER / f"{name}.csv").is_file():
+        pytest.skip(f"{name} has no results yet")
+    page = plots.PAGE.read_text()
+    monkeypatch.setattr(plots, "DOCS", tmp_path)
+    monkeypatch.setattr(plots, "PAGE", tmp_path / "quality.md")
+    plots.PAGE.write_text(page)
+    getattr(plots, f"plot_{name}")(runs.RESULT_FOLDER)
+    assert plots.PAGE.read_text() == page, f"python -m benchmarks.language_modelling {name} --plot writes other tables"
+    assert list(tmp_path.glob("*.png"))
+
+
+def test_tables_need_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plots, "PAGE", tmp_path / "page.md")
+    plots.PAGE.write_text("Text.\n<!-- one -->\nold\n<!-- end -->\nMore.\n")
+    plots.publish("one", [{"run": "a", "validation_2048": "1.23456"}], {"run": "run", "validation_2048": "bits"})
+    shown = "| run | bits |\n| --- | --- |\n| a | 1.235 |"
+    assert plots.PAGE.read_text() == f"Text.\n<!-- one -->\n\n{shown}\n\n<!-- end -->\nMore.\n"
+    with pytest.raises(ValueError, match="expected a line <!-- two -->"):
+        plots.publish("two", [], {"run": "run"})

@@ -1,4 +1,4 @@
-"""Plots into the documentation and tables in Markdown, from the CSV files alone."""
+"""Plots and tables of docs/quality.md, from the CSV files alone."""
 
 import json
 import math
@@ -11,6 +11,8 @@ from benchmarks.language_modelling.ablations import PAPER
 from benchmarks.language_modelling.runs import Row, read_rows
 
 DOCS = REPOSITORY / "docs"
+PAGE = DOCS / "quality.md"
+DEFAULTS = {"learning_rate": 2e-3}
 CURVES = 6  # runs that the plot of learning curves shows, the first ones of the table
 BASE = "base"
 REFERENCE = "llama-2048"
@@ -29,25 +31,32 @@ def figure_of(columns: int, width: float = 9.0, height: float = 3.8) -> tuple[An
     return figure, list(panels)
 
 
-def table(rows: list[Row], columns: dict[str, str]) -> None:
-    """Print rows as Markdown; `columns` maps names of fields to heads."""
-    print(f"| {' | '.join(columns.values())} |\n|{' --- |' * len(columns)}")
-    for row in rows:
-        print(f"| {' | '.join(_show(name, row.get(name, '')) for name in columns)} |")
-    print()
+def publish(name: str, rows: list[Row], columns: dict[str, str]) -> None:
+    """Put a table into the page, between `<!-- NAME -->` and `<!-- end -->`; `columns` maps fields to heads."""
+    lines = [f"| {' | '.join(columns.values())} |", f"|{' --- |' * len(columns)}"]
+    lines += [f"| {' | '.join(_show(field, row.get(field, '')) for field in columns)} |" for row in rows]
+    before, _, rest = PAGE.read_text().partition(f"<!-- {name} -->\n")
+    if not rest:
+        raise ValueError(f"{PAGE.name}: expected a line <!-- {name} -->, found none")
+    after = rest[rest.index("<!-- end -->") :]
+    PAGE.write_text(f"{before}<!-- {name} -->\n" + "\n".join(["", *lines, "", ""]) + after)
 
 
-def _show(name: str, value: Any) -> str:
-    if value in ("", None, "{}"):
+def _show(field: str, value: Any) -> str:
+    if value in ("", None):
         return ""
-    if name == "passes":
-        return f"{float(value):.1f}"
-    if name in ("parameters", "tokens_per_second"):
+    if field in ("parameters", "tokens_per_second"):
         return f"{float(value):,.0f}"
-    if name in ("changes", "optimizer"):
-        return ", ".join(f"{key} {_short(given)}" for key, given in json.loads(value).items())
-    is_score = name.startswith(("validation", "test", "train", "paper", "difference"))
+    if field.endswith("difference"):
+        return f"{float(value):+.3f}"
+    is_score = field.startswith(("validation", "test", "train", "paper", "accuracy"))
     return f"{float(value):.3f}" if is_score else str(value)
+
+
+def differences(row: Row) -> str:
+    """What a run changes, in words."""
+    changed = json.loads(row["changes"]) | json.loads(row["optimizer"])
+    return ", ".join(f"{name} {_short(value)}" for name, value in changed.items() if value != DEFAULTS.get(name))
 
 
 def _short(value: Any) -> str:
@@ -58,29 +67,31 @@ def _short(value: Any) -> str:
 
 
 def plot_quality(output: Path) -> None:
-    """Learning curves on validation text against bytes and against time, and the table of all runs."""
-    rows = read_rows(output / "quality.csv")
-    about = {
-        "run": "run",
-        "parameters": "parameters",
-        "passes": "passes",
-        "changes": "changes",
-        "optimizer": "optimiser",
-    }
-    table(rows, about | {"tokens_per_second": "tokens/s"} | SCORES | {"train_2048": "training text"})
+    """Learning curves on validation text against bytes and against time, and the tables of all runs."""
+    rows = [row | {"differs": differences(row)} for row in read_rows(output / "quality.csv")]
+    rows.sort(key=lambda row: (row["corpus"], row["tokenizer"], row["model"] != "tnl", row["model"], row["run"]))
+    for row in rows:
+        if row["side_by_side"] != "1":
+            row["tokens_per_second"] = ""  # not that of the model alone
+    large = [row for row in rows if row["size"] == "45m"]
+    about = {"run": "run", "differs": "differs"}
+    publish("two passes", large, about | {"tokens_per_second": "tokens/s"} | SCORES | {"train_2048": "training text"})
+    both = {"validation_2048": "validation", "test_2048": "test", "train_2048": "training text"}
+    publish("six passes", [row for row in rows if "6-passes" in row["run"]], about | both)
+    others = [row for row in rows if row["tokenizer"] == "bpe" or row["corpus"] == "python"]
+    publish("other texts", others, {"run": "run", "corpus": "text", "tokenizer": "tokens"} | both)
     curves = defaultdict(list)
     for point in read_rows(output / "quality-curves.csv"):
         if point["held_out_loss"]:
             curves[point["run"]].append((float(point["tokens"]), float(point["held_out_loss"])))
     figure, (tokens_axes, time_axes) = figure_of(2)
-    for row in [row for row in rows if row["tokenizer"] == "bytes" and row["corpus"] == "novels"][:CURVES]:
-        points = curves[row["run"]]
-        bits = [loss / math.log(2) * float(row["tokens_per_byte"]) for _, loss in points]
-        tokens_axes.plot([tokens / 1e6 for tokens, _ in points], bits, marker=".", label=row["run"])
-        if row["side_by_side"] != "1":
-            continue  # its speed is not that of the model alone
-        seconds = [tokens / float(row["tokens_per_second"]) for tokens, _ in points]
-        time_axes.plot(seconds, bits, marker=".", label=row["run"])
+    for row in large[:CURVES]:
+        bits = [loss / math.log(2) * float(row["tokens_per_byte"]) for _, loss in curves[row["run"]]]
+        tokens = [seen for seen, _ in curves[row["run"]]]
+        (line,) = tokens_axes.plot([seen / 1e6 for seen in tokens], bits, marker=".", label=row["run"])
+        if row["tokens_per_second"]:
+            seconds = [seen / float(row["tokens_per_second"]) for seen in tokens]
+            time_axes.plot(seconds, bits, marker=".", color=line.get_color())
     tokens_axes.set(xlabel="megabytes read", ylabel="bits per byte, validation")
     time_axes.set(xlabel=f"seconds on one {rows[0]['device']}" if rows else "seconds")
     for axes in (tokens_axes, time_axes):
@@ -96,20 +107,13 @@ def plot_ablations(output: Path) -> None:
     (base,) = (float(row["validation_2048"]) for row in rows if row["run"] == BASE)
     for row in rows:
         row["difference"] = float(row["validation_2048"]) - base
+        row["differs"] = differences(row)
         if row["run"] in PAPER:
             row["paper"] = PAPER[row["run"]]
             row["paper_difference"] = PAPER[row["run"]] - PAPER[BASE]
     rows.sort(key=lambda row: row["difference"])
-    columns = {
-        "run": "run",
-        "changes": "changes",
-        "learning_rate": "rate",
-        "parameters": "parameters",
-        "validation_2048": "bits per byte",
-    }
-    table(
-        rows, columns | {"difference": "to the base", "paper": "paper, loss", "paper_difference": "paper, to the base"}
-    )
+    columns = {"run": "run", "differs": "differs", "validation_2048": "bits per byte", "difference": "to the base"}
+    publish("ablations", rows, columns | {"paper": "paper, loss", "paper_difference": "paper, to the base"})
     figure, (axes,) = figure_of(1, height=0.24 * len(rows) + 1)
     axes.barh([row["run"] for row in rows], [row["difference"] for row in rows], color="tab:blue", alpha=0.7)
     named = [row for row in rows if "paper" in row]
@@ -124,7 +128,7 @@ def plot_ablations(output: Path) -> None:
 def plot_length(output: Path) -> None:
     """Bits per byte by position in the held-out books, as a distance to LLaMA that was trained at 2048."""
     rows = sorted(read_rows(output / "length.csv"), key=lambda row: (row["model"] != "tnl", int(row["context"])))
-    table(rows, {"run": "run", "context": "trained at"} | SCORES)
+    publish("length", rows, {"run": "run", "context": "trained at"} | SCORES)
     bits: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
     for row in read_rows(output / "length-positions.csv"):
         bits[row["run"], row["split"]][int(row["to"])] = float(row["bits_per_byte"])
@@ -159,7 +163,7 @@ def plot_recall(output: Path) -> None:
     ]
     pairs = list(dict.fromkeys(row["pairs"] for row in rows))
     heads = {"width": "width", "model": "model", "state": "numbers in the state", "rate": "learning rate"}
-    table(lines, heads | {count: f"{count} pairs" for count in pairs})
+    publish("recall", lines, heads | {count: f"{count} pairs" for count in pairs})
     widths = sorted({width for width, _ in chosen})
     figure, panels = figure_of(len(widths), height=3.4)
     for axes, width in zip(panels, widths, strict=True):
