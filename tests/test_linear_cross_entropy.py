@@ -28,7 +28,7 @@ def definition(hidden_states: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("rows", [1, 4, 100])
 def test_loss_and_gradients(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LOGITS_PER_CHUNK", rows * VOCABULARY)
+    monkeypatch.setitem(module.LOGITS_PER_CHUNK, "cpu", rows * VOCABULARY)
     hidden_states, weight, labels = example()
     results = []
     functions: list[Callable[..., Tensor]] = [linear_cross_entropy, definition]
@@ -142,7 +142,7 @@ def test_kernel_marks_a_label_outside_and_reads_masked_logits() -> None:
 @pytest.mark.gpu
 def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """bfloat16 with a float32 head over several chunks, at a real vocabulary: against float64."""
-    monkeypatch.setattr(module, "LOGITS_PER_CHUNK", 300 * 64000)
+    monkeypatch.setitem(module.LOGITS_PER_CHUNK, "cuda", 300 * 64000)
     hidden_states = torch.randn(1000, 256, device="cuda", dtype=torch.bfloat16)
     weight = (0.1 * torch.randn(64000, 256, device="cuda")).bfloat16().float()
     labels = torch.randint(0, 64000, (1000,), device="cuda")

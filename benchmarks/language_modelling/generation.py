@@ -1,7 +1,8 @@
 """Speed of generation in bfloat16: prefill and decode apart, against length and batch, TNL and LLaMA.
 
 A decode step is set beside the time in which the device reads the weights of all matrices once. TNL decodes as
-`tnl generate` does (`fused` and `captured`), or module by module (`modules`); LLaMA over keys and values of exactly the
+`tnl generate` does, few rows with `fused` kernels and many with the model's modules `captured` in a CUDA graph; `fused
+in turn` starts each kernel after the one before it, `modules` captures nothing. LLaMA decodes over keys and values of exactly the
 prompt's length, with the quickest of PyTorch's attention implementations, captured in a CUDA graph as well.
 """
 
@@ -10,11 +11,14 @@ import csv
 import os
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +33,7 @@ from benchmarks.language_modelling.measurements import Clock, Measurements, Row,
 from benchmarks.language_modelling.speed import K, configuration
 from tnl.models import TnlCache
 from tnl.models.tnl.decoding_tnl import TnlDecoder, decode, prefill
+from tnl.ops import decode_triton
 from tnl.training.flops import matrix_parameters
 
 OUTPUT = RESULTS / "language_modelling" / "generation.csv"
@@ -50,9 +55,10 @@ class Case:
 def full_cases() -> Iterator[Case]:
     """The most telling first; sizes change seldom, since each change makes new models."""
     for size in ("385m", "1b"):
-        for implementation in ("fused", "captured", "modules"):
+        for implementation in ("captured", "fused in turn", "fused", "modules"):
             yield Case("decode", "tnl", size, implementation)
         for tokens in (32 * K, 512 * K):
+            yield Case("decode", "tnl", size, "captured", tokens=tokens)
             yield Case("decode", "tnl", size, "fused", tokens=tokens)
         for batch in (4, 16, 64, 256):
             yield Case("decode", "tnl", size, "captured", batch)
@@ -84,6 +90,7 @@ def tiny_cases() -> Iterator[Case]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     measurements.add_arguments(parser, OUTPUT)
+    parser.add_argument("--skip", nargs="*", default=[], metavar="WORD", help="leave out what has one of these words")
     parser.add_argument("--only", nargs="*", default=[], metavar="WORD", help="of part, model, size, implementation")
 
 
@@ -100,7 +107,8 @@ def run(options: argparse.Namespace) -> None:
     for case in tiny_cases() if options.tiny else full_cases():
         label: Row = {"part": case.part, "model": case.model, "size": case.size, "implementation": case.implementation}
         label |= {"batch": case.batch, "T": case.tokens}
-        if not set(options.only) <= set(map(str, label.values())) or not table.wanted(label):
+        words = set(map(str, label.values()))
+        if not set(options.only) <= words or set(options.skip) & words or not table.wanted(label):
             continue
         if made != (case.model, case.size):
             model = None
@@ -115,6 +123,9 @@ def run(options: argparse.Namespace) -> None:
                 row |= {"floor_ms": floor, "ratio": row["ms"] / floor}
         except torch.OutOfMemoryError:
             row = {"error": "out of memory"}
+        except Exception as error:  # the cases after it are measured all the same
+            traceback.print_exc()
+            row = {"error": f"{type(error).__name__}: {error}"[:200]}
         table.add(label | row | {"measured_s": time.perf_counter() - begin})
 
 
@@ -172,7 +183,9 @@ def decode_tnl(model: Any, case: Case) -> Row:
     if case.implementation == "modules":
         decoder = TnlDecoder(model, case.batch, fused=False, capture=False)
     else:
-        decoder = TnlDecoder(model, case.batch, fused=case.implementation == "fused")
+        in_turn = mock.patch.object(decode_triton, "_dependent_launch", return_value=False)
+        with in_turn if case.implementation == "fused in turn" else nullcontext():
+            decoder = TnlDecoder(model, case.batch, fused=case.implementation.startswith("fused"))
     decoder.load(cache, position)
     following = tokens[:, -1]
     logits = decoder.step(following).float()

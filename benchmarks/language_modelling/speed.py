@@ -13,6 +13,7 @@ import os
 import re
 import statistics
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.fx.experimental._config as symbols
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
@@ -54,26 +56,28 @@ class Case:
 def full_cases() -> Iterator[Case]:
     """The most telling first."""
     yield Case("tnl", "385m", 8 * K, profile=True)
-    yield Case("tnl", "385m", 8 * K, "cheap")
     for tokens in (1, 32, 128):
         yield Case("tnl", "385m", tokens * K)
+    for tokens in (128, 32, 1):
+        yield Case("llama", "385m", tokens * K)
     for tokens in (8, 1, 32, 128):
-        yield Case("llama", "385m", tokens * K, profile=tokens == 8)
+        yield Case("tnl", "1b", tokens * K, profile=tokens == 8)
     yield Case("tnl", "385m", 1024 * K)
-    for model in ("tnl", "llama"):
-        for tokens in (8, 1, 32, 128):
-            yield Case(model, "1b", tokens * K, profile=tokens == 8)
+    for tokens in (128, 32, 1):
+        yield Case("llama", "1b", tokens * K)
     for model in ("tnl", "llama"):
         for tokens in (2, 4, 16, 64):
             yield Case(model, "385m", tokens * K)
+    yield Case("llama", "385m", 8 * K, profile=True)
     for tokens in (256, 512):
         yield Case("tnl", "385m", tokens * K)
     for model in ("tnl", "llama"):
-        for tokens in (2, 4, 16, 64):
+        for tokens in (2, 4, 8, 16, 64):
             yield Case(model, "1b", tokens * K)
     for model in ("tnl", "llama"):
         for tokens in (1, 32):
             yield Case(model, "3b", tokens * K)
+    yield Case("tnl", "385m", 8 * K, "nothing")
 
 
 def tiny_cases() -> Iterator[Case]:
@@ -96,6 +100,8 @@ def run(options: argparse.Namespace) -> None:
     if not torch.cuda.is_available() and not options.tiny:
         raise SystemExit("error: there is no GPU; --tiny tries the cases out on a CPU")
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    torch._dynamo.config.recompile_limit = 64  # lengths and sizes share a process, and what is compiled
+    symbols.use_duck_shape = False  # a batch of 8 is not the number of heads
     table = Measurements(options, KEYS)
     with ExitStack() as stack:
         if torch.cuda.is_available():
@@ -167,29 +173,36 @@ class Level:
     def configure(self, model: PreTrainedModel) -> None:
         """Apply it to a model and to what will be compiled from here on."""
         import torch._functorch.config as functorch
-        import torch.fx.experimental._config as symbols
 
-        torch._dynamo.reset()
-        torch._dynamo.config.recompile_limit = 64
-        symbols.use_duck_shape = False  # a batch of 8 is not the number of heads
-        functorch.ban_recompute_materialized_backward = self.name == "nothing"
-        functorch.aggressive_recomputation = self.name == "operator"
+        flags = {
+            "ban_recompute_materialized_backward": self.name == "nothing",
+            "aggressive_recomputation": self.name == "operator",
+        }
+        if any(getattr(functorch, name) != value for name, value in flags.items()):
+            torch._dynamo.reset()
+            for name, value in flags.items():
+                setattr(functorch, name, value)
         if self.blocks:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             for block in parallel.blocks_of(model)[self.blocks :]:
                 setattr(block, "gradient_checkpointing", False)  # noqa: B010
 
 
-def levels(case: Case, config: PreTrainedConfig) -> list[Level]:
-    """From the quickest to the leanest."""
+def levels(case: Case, config: PreTrainedConfig, most: int) -> Iterator[tuple[Level, int]]:
+    """Levels and tokens of a micro-batch, at most so many, from the quickest to the leanest.
+
+    Large micro-batches first: computing cheap things again takes no measurable time, and small ones leave the device
+    waiting more often.
+    """
     layers = config.num_hidden_layers
-    none, cheap = ("nothing", 21.0), ("cheap", 13.0)
-    plain = [Level(none[0], 0, none[1]), Level(cheap[0], 0, cheap[1])]
-    if case.model == "tnl":
-        plain.append(Level("operator", 0, 12.0))
-        plain.append(Level("operator", layers // 4, 12.0))
-    plain += [Level("cheap", count, cheap[1]) for count in (layers // 4, layers // 2, layers)]
-    return [level for level in plain if case.recompute is None or str(level) == case.recompute]
+    nothing, cheap, operator = Level("nothing", 0, 21.0), Level("cheap", 0, 13.0), Level("operator", 0, 12.0)
+    whole = [nothing, cheap, operator] if case.model == "tnl" else [nothing, cheap]
+    tokens = max(case.tokens, most)
+    while tokens >= max(case.tokens, 8 * K):
+        yield from ((level, tokens) for level in whole)
+        tokens //= 2
+    for count in (layers // 4, layers // 2, layers):
+        yield Level("cheap", count, cheap.units), max(case.tokens, min(most, 8 * K))
 
 
 def fits(level: Level, config: PreTrainedConfig, parameters: int, tokens: int) -> bool:
@@ -244,15 +257,17 @@ def measure(case: Case, step_tokens: int) -> Iterator[Row]:
     with torch.device("meta"):
         parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     begin = time.perf_counter()
-    for level in levels(case, config):
-        micro_tokens = max(case.tokens, min(step_tokens, 32 * K))
-        if not fits(level, config, parameters, micro_tokens):
+    for level, tokens in levels(case, config, step_tokens):
+        if case.recompute not in (None, level.name) or not fits(level, config, parameters, tokens):
             continue
         try:
-            rows = list(_measure(case, config, level, micro_tokens // case.tokens, max(1, step_tokens // micro_tokens)))
+            rows = list(_measure(case, config, level, tokens // case.tokens, max(1, step_tokens // tokens)))
         except torch.OutOfMemoryError:
             free_memory()
             continue
+        except Exception as error:  # the cases after it are measured all the same
+            traceback.print_exc()
+            rows = [{"error": f"{type(error).__name__}: {error}"[:200]}]
         rows[0]["measured_s"] = time.perf_counter() - begin
         yield from rows
         return

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tnl.ops.backends import DTYPES, autocast_enabled, call_on_device, triton_installed
 
-LOGITS_PER_CHUNK = 1 << 28  # 512 MiB in 16 bits: few passes over the gradient of the head, and large matrix products
+LOGITS_PER_CHUNK = {"cuda": 1 << 29, "cpu": 1 << 26}  # 1 GiB in 16 bits: few passes over the gradient of the head
 
 
 def linear_cross_entropy(hidden_states: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
@@ -102,7 +102,7 @@ def _compute(
     loss = torch.zeros((), dtype=dtype, device=weight.device)
     dhidden = torch.empty_like(hidden_states) if need_dhidden else hidden_states.new_empty(0)
     dweight = weight.new_zeros(weight.shape if need_dweight else 0, dtype=dtype)
-    rows = max(1, LOGITS_PER_CHUNK // weight.shape[0])
+    rows = max(1, LOGITS_PER_CHUNK.get(weight.device.type, 1 << 28) // weight.shape[0])
     for start in range(0, len(labels), rows):
         part = slice(start, start + rows)
         logits = hidden_states[part] @ head.T
