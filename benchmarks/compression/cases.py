@@ -91,7 +91,7 @@ GPU = Scale(
     },
     sequence_length=2048,
     batch_size=32,
-    steps=2000,
+    steps=1500,
     learning_rate=2e-3,
     precision="bfloat16",
     measured_rows=256,
@@ -99,7 +99,7 @@ GPU = Scale(
         "calibration_tokens": 1 << 17,
         "sequence_length": 1024,
         "orders": [3],
-        "evaluations": 5,
+        "evaluations": 4,
         "iterations": 200,
     },
 )

@@ -22,15 +22,18 @@ from tnl.compression.fitting import refine
 from tnl.compression.foldings import Folding, WhitenedTensor, propose_foldings
 from tnl.compression.matrices import Matrix, Option, stored
 from tnl.compression.settings import CompressSettings
-from tnl.models.tnl.matrix_network import MatrixNetwork
+from tnl.models.tnl.matrix_network import MatrixNetwork, contract_to_matrix
 from tnss.executor import Executor
 
-SCALES = (0.7, 1.3)  # of the ranks of a structure that was found, beside 1
+SCALES = (0.7, 1.4)  # of the ranks of a structure that was found, beside 1
 COMPLETE_ORDER = 4  # up to this order any graph is searched, above it rings
-LARGEST_RANK = 512
-REFINED = 3  # structures of a search that are fitted in the true metric
+LARGEST_RANK = 128
+SEARCHED_RANK = 64  # budgets at which a decomposition has a larger rank are searched at this one, and scaled up
+MOST_UNKNOWNS = 1600  # of one row of a core; alternating least squares solves for them together
+REFINED = 2  # structures of a search that are fitted in the true metric
 WORTH_FITTING = 1.1  # times the error of a decomposition of the same size
-KEPT = 2  # structures of a kind that are fitted to all of its matrices
+KEPT = 1  # structures of a kind that are fitted to all of its matrices
+START_SHARE = 0.3  # norm of a random network over that of the matrix
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,8 @@ class Fits:
         self, matrix: Matrix, network: MatrixNetwork, start: list[Tensor] | None = None, to_the_end: bool = False
     ) -> Option:
         """The network fitted to the matrix in its metric, from given cores or from those `tnss` finds."""
-        iterations = self.settings.iterations if to_the_end else -(-self.settings.iterations // 4)
+        random = start is None and unknowns(network) > MOST_UNKNOWNS
+        iterations = self.settings.iterations if to_the_end or random else -(-self.settings.iterations // 4)
         key = json.dumps([self.identity, matrix.name, network.to_dict(), start is not None, iterations])
         path = self.folder / f"fit-{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
         device = matrix.weight.device
@@ -90,7 +94,7 @@ class Fits:
                 error = float(file.metadata()["error"])
         else:
             if start is None:
-                start = fitted_cores(matrix, network, self.settings)
+                start = random_cores(matrix, network) if random else fitted_cores(matrix, network, self.settings)
             start = [core.to(device) for core in start]
             cores, error = refine(matrix.weight, matrix.metric, network, start, iterations)
             partial = path.with_suffix(".partial")
@@ -109,6 +113,22 @@ class Fits:
 def als(settings: CompressSettings, device: torch.device) -> tnss.ALS:
     """How structures are fitted in a search: what remains to be gained is left to the fit in the true metric."""
     return tnss.ALS(restarts=1, sweeps=15, polish=0, progress=1e-2, device=device.type)
+
+
+def unknowns(network: MatrixNetwork) -> int:
+    """The most numbers that alternating least squares solves for together: the largest product of bonds at a vertex."""
+    edges = network.structure.edges
+    return max(math.prod(edges[edge][2] for edge in incident) for incident in network.structure.incident)
+
+
+def random_cores(matrix: Matrix, network: MatrixNetwork) -> list[Tensor]:
+    """Normally distributed cores of a network that is somewhat smaller than the matrix; always the same."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = network.structure.core_shapes
+    cores = [torch.randn(shape, generator=generator, dtype=torch.float64).to(matrix.weight.device) for shape in shapes]
+    size = contract_to_matrix(network, cores).norm()
+    scale = (START_SHARE * matrix.weight.norm() / size) ** (1.0 / len(cores))
+    return [core * scale for core in cores]
 
 
 def fitted_cores(matrix: Matrix, network: MatrixNetwork, settings: CompressSettings) -> list[Tensor]:
@@ -160,12 +180,18 @@ def _search(
     fits: Fits,
     executor: Executor,
 ) -> tuple[Option | None, int]:
-    """The best option after the best structures of a search were fitted in the true metric."""
+    """The best option after the best structures of a search were fitted in the true metric.
+
+    Alternating least squares solves for all bonds of a vertex together, at a cost that grows with the sixth power of
+    the ranks. Of large matrices a smaller network is searched, and its ranks are scaled up to the budget.
+    """
     settings, device = fits.settings, matrix.weight.device
+    rank = budget / sum(matrix.shape)
+    searched = int(budget * min(1.0, SEARCHED_RANK / rank) ** 2)
     result = tnss.search(
         whitened.tensor,
         space,
-        tnss.ParameterBudget(int(budget * _slack(whitened.folding, budget))),
+        tnss.ParameterBudget(max(sum(whitened.folding.sizes), int(searched * _slack(whitened.folding, searched)))),
         fit=als(settings, device),
         budget=tnss.Budget(settings.evaluations),
         executor=executor,
@@ -176,11 +202,27 @@ def _search(
     allowed = [network for network in result.networks if math.isfinite(network.objective)]
     for found in sorted(allowed, key=lambda network: network.rse)[:REFINED]:
         network = whitened.folding.network(found.structure)
-        start = whitened.undo([core.to(device) for core in found.cores], network)
+        start: list[Tensor] | None = whitened.undo([core.to(device) for core in found.cores], network)
+        if searched < budget:
+            network, start = grown(network, budget, settings.pinned), None
         option = fits.fit(matrix, network, start)
         if best is None or option.error < best.error:
             best = option
     return best, len(result.history)
+
+
+def grown(network: MatrixNetwork, budget: int, pinned: bool) -> MatrixNetwork:
+    """The network with all ranks scaled so that it just keeps to the budget."""
+    low, high = 1.0, 64.0
+    best = network
+    for _ in range(30):
+        middle = (low + high) / 2
+        candidate = scaled_by(network, middle)
+        if stored(candidate, pinned) <= budget:
+            best, low = candidate, middle
+        else:
+            high = middle
+    return best
 
 
 def _slack(folding: Folding, budget: int) -> float:
@@ -221,9 +263,11 @@ def worth_fitting(found: list[tuple[Finding, Option | None]]) -> list[MatrixNetw
 
 def scaled(network: MatrixNetwork) -> list[MatrixNetwork]:
     """The network and the same with all ranks scaled."""
-    family = {network: None}
-    for scale in SCALES:
-        edges = [(u, v, max(1, round(rank * scale))) for u, v, rank in network.structure.edges]
-        structure = tnss.Structure(network.structure.sizes, edges)
-        family[MatrixNetwork(network.shape, network.rows, network.columns, network.modes, structure)] = None
-    return list(family)
+    return list(dict.fromkeys([network, *(scaled_by(network, scale) for scale in SCALES)]))
+
+
+def scaled_by(network: MatrixNetwork, scale: float) -> MatrixNetwork:
+    """The network with all ranks multiplied and rounded; bonds of rank 1 stay away."""
+    edges = [(u, v, max(1, round(rank * scale))) for u, v, rank in network.structure.edges]
+    structure = tnss.Structure(network.structure.sizes, edges)
+    return MatrixNetwork(network.shape, network.rows, network.columns, network.modes, structure)
