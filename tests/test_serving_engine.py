@@ -171,7 +171,7 @@ def test_tensor_parallel_of_variants(
 def test_pipeline_parallel(engine: StartEngine, folder: Path, expected: list[Reference],
                            monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    run(engine(folder, pipeline_parallel_size=2), expected[:24])
+    run(engine(folder, pipeline_parallel_size=2, enforce_eager=False), expected[:24])
 
 
 def test_bfloat16_is_as_near_as_torch(engine: StartEngine, folder: Path, expected: list[Reference]) -> None:
@@ -204,9 +204,10 @@ def test_bfloat16_is_as_near_as_torch(engine: StartEngine, folder: Path, expecte
     [
         ({"layer_types": ["linear_attention", "full_attention", "linear_attention"]}, {}, "layer_types: "),
         ({}, {"tensor_parallel_size": 3}, "tensor_parallel_size: expected a divisor of the 4 heads, got 3"),
+        ({}, {"pipeline_parallel_size": 2}, "pipeline_parallel_size: "),
         ({}, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative_config: "),
     ],
-    ids=["hybrid", "heads", "speculation"],
+    ids=["hybrid", "heads", "stages", "speculation"],
 )
 def test_what_is_not_served(engine: StartEngine, tmp_path: Path, overrides: dict[str, Any], options: dict[str, Any],
                             message: str) -> None:  # fmt: skip

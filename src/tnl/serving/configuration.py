@@ -5,6 +5,7 @@ from typing import Any
 
 from huggingface_hub import get_safetensors_metadata
 from vllm.model_executor.models.config import MambaModelConfig
+from vllm.platforms import current_platform
 
 from tnl.models.tnl.configuration_tnl import TnlConfig
 from tnl.models.tnl.released import Shape, TransnormerConfig, find_weight_files, plan_conversion, read_shapes
@@ -47,6 +48,12 @@ class ServingConfig(MambaModelConfig):
             )
         if vllm_config.speculative_config is not None:
             raise ValueError("speculative_config: a TNL is served without speculative decoding; expected None")
+        stages = vllm_config.parallel_config.pipeline_parallel_size
+        if stages > 1 and vllm_config.model_config.enforce_eager and current_platform.is_cpu():
+            # Stages after the first get what they receive into in a run that vLLM 0.32 leaves out then.
+            raise ValueError(
+                "pipeline_parallel_size: vLLM on a CPU needs compiled models for it; leave out enforce_eager"
+            )
         super().verify_and_update_config(vllm_config)
 
 
