@@ -27,6 +27,8 @@ def decode_linear(
     norm_eps: float | None = None,
     activated: int = 0,
     residual: Tensor | None = None,
+    following: Tensor | None = None,
+    out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """``activate(W (gate * norm(x)) * (F norm(x))) + residual``, each part where it is asked for; not differentiable.
@@ -39,6 +41,8 @@ def decode_linear(
         norm_eps: ``x / sqrt(mean(x^2) + norm_eps)`` in place of ``x``, that is SRMSNorm; None for ``x`` as it is.
         activated: SiLU on the first so many outputs.
         residual: ``[N, O]``, added in place and returned.
+        following: Contiguous weights that a later call reads: a GPU may fetch some of them meanwhile.
+        out: ``[N, O]``, contiguous, to write to; not with ``residual``.
         backend: ``"torch"``, ``"triton"``, or ``"auto"``: Triton on a GPU.
 
     Returns:
@@ -54,9 +58,12 @@ def decode_linear(
         ("factor_weight", factor_weight, (outputs, x.shape[1])),
         ("gate", gate, tuple(x.shape)),
         ("residual", residual, (x.shape[0], outputs)),
+        ("out", out, (x.shape[0], outputs)),
     ):
         if given is not None:
             _check(name, given, shape, x)
+    if out is not None and residual is not None:
+        raise ValueError("out: expected None with residual, which is written to")
     if not weight.is_contiguous() or not (factor_weight is None or factor_weight.is_contiguous()):
         raise ValueError("weight: expected contiguous weights")
     if resolve_backend(backend, x) == "triton":
@@ -64,7 +71,7 @@ def decode_linear(
             raise ValueError(f"x: backend 'triton' takes at most {MOST_INPUTS} inputs, got {x.shape[1]}")
         from tnl.ops import decode_triton
 
-        return decode_triton.linear(x, weight, factor_weight, gate, norm_eps, activated, residual)
+        return decode_triton.linear(x, weight, factor_weight, gate, norm_eps, activated, residual, following, out)
     dtype = torch.promote_types(x.dtype, torch.float32)
     wide = x.to(dtype)
     if norm_eps is not None:
@@ -76,7 +83,9 @@ def decode_linear(
         y = y * (wide @ factor_weight.to(dtype).T)
     if activated:
         y = torch.cat([F.silu(y[:, :activated]), y[:, activated:]], dim=1)
-    return y.to(x.dtype) if residual is None else residual.copy_(residual + y)
+    if residual is not None:
+        return residual.copy_(residual + y)
+    return y.to(x.dtype) if out is None else out.copy_(y)
 
 
 def decode_attention(
@@ -86,6 +95,7 @@ def decode_attention(
     *,
     theta: Tensor | None = None,
     position: Tensor | None = None,
+    following: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """One token of lightning attention on what a projection gave: ``S = exp(g) S + k v^T`` in place, ``o = q S``.
@@ -96,6 +106,7 @@ def decode_attention(
         state: ``[N, H, D, E]`` float32 (float64 with float64 inputs), contiguous, updated in place.
         theta: ``[H, 1, E]`` float32 angles of LRPE, which make q and k twice as wide: ``[q cos, q sin]``.
         position: ``[N]`` int64, the token's position in each row; needed with ``theta``.
+        following: As in :func:`decode_linear`.
         backend: As in :func:`decode_linear`.
 
     Returns:
@@ -120,7 +131,7 @@ def decode_attention(
     if resolve_backend(backend, qkvu) == "triton":
         from tnl.ops import decode_triton
 
-        return decode_triton.attention(qkvu, log_decay, state, theta, position)
+        return decode_triton.attention(qkvu, log_decay, state, theta, position, following)
     query, key, value = (x.to(wide) for x in qkvu[:, :3].unbind(1))
     if theta is not None:
         assert position is not None

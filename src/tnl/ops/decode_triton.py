@@ -2,11 +2,13 @@
 
 Programmatic dependent launch (PDL): a kernel starts while the one before it ends, reads its weights or states, which
 that one does not write, and then waits for it. Every program of every kernel waits, so that whatever came earlier is
-done as well.
+done as well. Meanwhile each kernel has a part of the weights after next fetched into the second-level cache, so that
+the memory is busy while kernels wait for one another.
 """
 
 import functools
 import math
+from typing import Any
 
 import torch
 import triton
@@ -18,14 +20,27 @@ from tnl.ops.backends import interpreted
 
 TILE = 8192  # weights that a program holds: with 128 threads 64 each
 TURN = tl.constexpr(2 * math.pi)
+MOST_FETCHED = 6 << 20  # bytes: several of these are on their way in a cache of 50 MB
 FEW_PROGRAMS = 256  # fewer leave processors of an H100 without work
 
 
 @triton.jit
+def _fetch(NEXT, lines, program, programs, LINE: tl.constexpr):
+    """Ask for this program's share of so many cache lines; nothing waits for them."""
+    share = tl.cdiv(lines, programs)
+    for start in range(0, share, 128):
+        line = tl.minimum(program * share + start + tl.arange(0, 128), lines - 1)
+        address = (NEXT + line.to(tl.int64) * LINE).to(tl.int64, bitcast=True)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
 def _linear_kernel(
-    X, W, F, GATE, RESIDUAL, OUT, rows, outputs, K, x_row, gate_row, eps, activated,
+    X, W, F, GATE, RESIDUAL, OUT, NEXT, lines, rows, outputs, K, x_row, gate_row, eps, activated,
     PRODUCT: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, ACTIVATE: tl.constexpr, ADD: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr, FETCH: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
     """Some outputs of all rows; the weights are read first and once."""
     output = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -37,6 +52,8 @@ def _linear_kernel(
     w = tl.load(W + at, inside, 0.0)
     if PRODUCT:
         f = tl.load(F + at, inside, 0.0)
+    if FETCH:
+        _fetch(NEXT, lines, tl.program_id(0), tl.num_programs(0), LINE)
     if PDL:
         gdc_wait()
     for row in range(rows):
@@ -58,8 +75,9 @@ def _linear_kernel(
 
 @triton.jit
 def _attention_kernel(
-    QKVU, LOG_DECAY, STATE, THETA, POSITION, OUT, H, E,
-    DECAY: tl.constexpr, LRPE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, PDL: tl.constexpr,
+    QKVU, LOG_DECAY, STATE, THETA, POSITION, OUT, NEXT, lines, H, E,
+    DECAY: tl.constexpr, LRPE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr, FETCH: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
     """Some columns of the state of one head and row. With LRPE the state is one for the cosines above one for sines."""
     row, head = tl.program_id(0).to(tl.int64) // H, tl.program_id(0) % H
@@ -78,6 +96,9 @@ def _attention_kernel(
         angle = theta * tl.load(POSITION + row).to(tl.float64)
         angle -= tl.floor(angle / TURN) * TURN
         cosine, sine = tl.cos(angle.to(tl.float32)), tl.sin(angle.to(tl.float32))
+    if FETCH:
+        program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        _fetch(NEXT, lines, program, tl.num_programs(0) * tl.num_programs(1), LINE)
     if PDL:
         gdc_wait()
     QKVU += row * 4 * H * E + head * E
@@ -103,9 +124,18 @@ def _dependent_launch(device: torch.device) -> bool:
     return not interpreted() and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def _options(x: Tensor) -> dict[str, bool]:
+def _options(x: Tensor, following: Tensor | None) -> dict[str, Any]:
+    """Constants of a launch, what is fetched for later among them."""
     pdl = _dependent_launch(x.device)
-    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
+    line = 128 // x.element_size()
+    fetched = following if pdl and following is not None and min(MOST_FETCHED, following.nbytes) >= 128 else None
+    return {
+        "NEXT": x if fetched is None else fetched,
+        "lines": 0 if fetched is None else min(MOST_FETCHED, fetched.nbytes) // 128,
+        "FETCH": fetched is not None,
+        "LINE": line,
+        "PDL": pdl,
+    } | ({"launch_pdl": True} if pdl else {})
 
 
 def linear(
@@ -116,6 +146,8 @@ def linear(
     norm_eps: float | None,
     activated: int,
     residual: Tensor | None,
+    following: Tensor | None,
+    out: Tensor | None,
 ) -> Tensor:
     """:func:`tnl.ops.decode.decode_linear`."""
     (rows, inputs), outputs = x.shape, weight.shape[0]
@@ -124,12 +156,15 @@ def linear(
     block_o = max(1, TILE // block_k // (1 if factor_weight is None else 2))
     while block_o > 1 and triton.cdiv(outputs, block_o) < FEW_PROGRAMS:
         block_o //= 2
-    out = x.new_empty(rows, outputs) if residual is None else residual
+    if out is None:
+        out = x.new_empty(rows, outputs) if residual is None else residual
     _linear_kernel[(triton.cdiv(outputs, block_o),)](
         x, weight, weight if factor_weight is None else factor_weight, other, out, out,
-        rows, outputs, inputs, x.stride(0), other.stride(0), norm_eps or 0.0, activated,
+        rows=rows, outputs=outputs, K=inputs, x_row=x.stride(0), gate_row=other.stride(0), eps=norm_eps or 0.0,
+        activated=activated,
         PRODUCT=factor_weight is not None, GATED=gate is not None, NORM=norm_eps is not None, ACTIVATE=activated > 0,
-        ADD=residual is not None, BLOCK_O=block_o, BLOCK_K=block_k, num_warps=4 if block_k < 8192 else 8, **_options(x),
+        ADD=residual is not None, BLOCK_O=block_o, BLOCK_K=block_k, num_warps=4 if block_k < 8192 else 8,
+        **_options(x, following),
     )  # fmt: skip
     return out
 
@@ -139,7 +174,12 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def attention(
-    qkvu: Tensor, log_decay: Tensor | None, state: Tensor, theta: Tensor | None, position: Tensor | None
+    qkvu: Tensor,
+    log_decay: Tensor | None,
+    state: Tensor,
+    theta: Tensor | None,
+    position: Tensor | None,
+    following: Tensor | None,
 ) -> Tensor:
     """:func:`tnl.ops.decode.decode_attention`."""
     rows, _, heads, width = qkvu.shape
@@ -147,8 +187,9 @@ def attention(
     block_e = min(16 if rows * heads < 64 else 64, triton.next_power_of_2(width))
     _attention_kernel[(rows * heads, triton.cdiv(width, block_e))](
         qkvu, qkvu if log_decay is None else log_decay, state, qkvu if theta is None else theta,
-        qkvu if position is None else position, out, heads, width,
+        qkvu if position is None else position, out, H=heads, E=width,
         DECAY=log_decay is not None, LRPE=theta is not None,
-        BLOCK_D=triton.next_power_of_2(width), BLOCK_E=block_e, num_warps=4, **_options(qkvu),
+        BLOCK_D=triton.next_power_of_2(width), BLOCK_E=block_e, num_warps=4,
+        **_options(qkvu, following),
     )  # fmt: skip
     return out
