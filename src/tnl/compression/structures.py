@@ -162,9 +162,11 @@ def search_structures(
     settings = fits.settings
     budget = int(settings.budget * matrix.weight.numel())
     whitened = WhitenedTensor(matrix.weight, matrix.metric, folding, settings.damping)
-    largest = max(1, min(LARGEST_RANK, budget // sum(folding.sizes)))
-    space = tnss.Complete(largest) if len(folding.sizes) <= COMPLETE_ORDER else tnss.Ring(largest)
-    bound = math.inf if budget < sum(folding.sizes) else whitened.bound(space, budget)
+    largest = max(1, budget // sum(sorted(folding.sizes)[:2]))  # an edge of this rank leaves nothing for others
+    graphs = tnss.Complete if len(folding.sizes) <= COMPLETE_ORDER else tnss.Ring
+    space = graphs(min(LARGEST_RANK, largest))
+    unpinned = int(budget * _slack(folding, budget))
+    bound = math.inf if budget < sum(folding.sizes) else whitened.bound(graphs(largest), unpinned)
     truncated_error = whitened.truncated_error(matrix.rank_within(budget, settings.pinned))
     option, evaluations = None, 0
     if bound < truncated_error:
