@@ -195,9 +195,13 @@ def run(options: argparse.Namespace) -> None:
         futures = {pool.submit(learn, trial): trial for trial in waiting}
         timeout = None if end is None else max(1.0, end - time.monotonic())
         for future in concurrent.futures.as_completed(futures, timeout):
+            name = futures[future].name
+            if future.exception() is not None:  # the others go on
+                CONSOLE.print(f"{name} failed: {future.exception()!r}", highlight=False, markup=False)
+                continue
             write_rows(path, read_rows(path) + future.result())
             scores = " ".join(f"{row['pairs']}: {row['accuracy']:.3f}" for row in future.result())
-            CONSOLE.print(f"{futures[future].name} {scores}", highlight=False)
+            CONSOLE.print(f"{name} {scores}", highlight=False)
     except TimeoutError:
         CONSOLE.print("the time is up: the trials that were not finished are left out", highlight=False)
     finally:
