@@ -184,7 +184,7 @@ def decode_tnl(model: Any, case: Case) -> Row:
     if case.implementation == "modules":
         decoder = TnlDecoder(model, case.batch, fused=False, capture=False)
     else:
-        without = {
+        without: dict[str, Any] = {
             "fused in turn": mock.patch.object(decode_triton, "_dependent_launch", return_value=False),
             "fused, nothing fetched": mock.patch.object(decode_triton, "MOST_FETCHED", 0),
         }
