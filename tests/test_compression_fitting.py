@@ -1,0 +1,59 @@
+"""Networks fitted in the metric that counts. Tier T0."""
+
+import pytest
+import torch
+
+from tests.test_matrix_network import make_network
+from tnl.compression.fitting import balance, network_error, refine, truncated
+from tnl.compression.metric import Metric, Spectrum
+from tnl.compression.moments import Moments
+from tnl.models.tnl.matrix_network import contract_to_matrix
+
+M, N = 12, 8
+GRAPH = make_network((M, N), (3, 4), (N,), ((0,), (1,), (2,)), [(0, 1, 2), (1, 2, 2), (0, 2, 3)])
+
+
+def problem() -> tuple[torch.Tensor, Metric]:
+    generator = torch.Generator().manual_seed(0)
+    rows, columns, matrix = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((M, M), (N, N), (M, N)))
+    return matrix, Metric.of(Moments(rows @ rows.T, columns @ columns.T), (M, N), "loss", 0.01)
+
+
+def test_truncation_as_a_network() -> None:
+    matrix, metric = problem()
+    spectrum = Spectrum.of(matrix, metric)
+    for rank in (1, 3):
+        network, cores = truncated(spectrum, rank, metric)
+        assert network.structure.parameters == rank * (M + N)
+        assert float(network_error(matrix, metric, network, cores)) == pytest.approx(float(spectrum.errors()[rank]))
+
+
+def test_refining_reaches_the_best_truncation() -> None:
+    matrix, metric = problem()
+    spectrum = Spectrum.of(matrix, metric)
+    network, _ = truncated(spectrum, 3, metric)
+    generator = torch.Generator().manual_seed(1)
+    start = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in network.structure.core_shapes]
+    cores, error = refine(matrix, metric, network, start, 300)
+    assert error == pytest.approx(float(spectrum.errors()[3]), rel=1e-3)
+    assert float(network_error(matrix, metric, network, cores)) == pytest.approx(error)
+
+
+def test_refining_finds_a_network_again_and_is_never_worse() -> None:
+    _, metric = problem()
+    generator = torch.Generator().manual_seed(2)
+    planted = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in GRAPH.structure.core_shapes]
+    matrix = contract_to_matrix(GRAPH, planted)
+    near = [core + 0.1 * torch.randn(core.shape, generator=generator, dtype=torch.float64) for core in planted]
+    before = float(network_error(matrix, metric, GRAPH, near))
+    errors = [refine(matrix, metric, GRAPH, near, iterations)[1] for iterations in (1, 10, 300)]
+    assert before >= errors[0] >= errors[1] >= errors[2]
+    assert errors[2] < 1e-4 * metric.error(matrix)
+    assert refine(matrix, metric, GRAPH, planted, 5)[1] < 1e-20 * metric.error(matrix)
+
+
+def test_balancing_leaves_the_network() -> None:
+    cores = [torch.randn(shape, dtype=torch.float64) * 10.0**i for i, shape in enumerate(GRAPH.structure.core_shapes)]
+    even = balance(cores)
+    torch.testing.assert_close(contract_to_matrix(GRAPH, even), contract_to_matrix(GRAPH, cores))
+    assert max(core.norm() for core in even) == pytest.approx(float(min(core.norm() for core in even)))
