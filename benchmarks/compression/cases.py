@@ -125,4 +125,4 @@ TINY = Scale(
 )
 SCALES = {"gpu": GPU, "cpu": CPU, "tiny": TINY}
 HEALING_SHARE = 0.05
-HEALING_LEARNING_RATE = 0.5  # of that of training
+HEALING_LEARNING_RATE = 0.2  # of that of training
