@@ -35,7 +35,7 @@ class Plan:
 
     contexts: tuple[int, ...] = (1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)
     tokens: int = 64
-    rounds: int = 6
+    rounds: int = 10
 
     def turns(self, model: str, context: int) -> int:
         """How often this context is measured: LLaMA's long prompts take minutes."""

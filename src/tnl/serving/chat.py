@@ -5,13 +5,13 @@ import os
 import sys
 from collections.abc import Generator
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Thread
 from typing import Any, Literal, Protocol
 
+from tnl.serving.folder import CHAT_TEMPLATE, find_model
+
 Message = dict[str, str]
 HELP = "/new starts over, /quit (or Ctrl-D) ends, Ctrl-C stops an answer"
-CHAT_TEMPLATE = Path(__file__).parent / "chat_template.jinja"
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class ChatSettings:
     """Everything `tnl chat` needs.
 
     Attributes:
-        target: Address of a server, such as http://127.0.0.1:8000, or the folder of a model to load here.
+        target: Address of a server, such as http://127.0.0.1:8000, or the folder of a model (or of a run) to load here.
         system: What the model is told before the first message; nothing by default.
         max_new_tokens: Most tokens of an answer.
         temperature: Divides the logits; 0 takes the likeliest token each time.
@@ -112,10 +112,11 @@ class LoadedModel:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.settings = settings
-        self.tokenizer = AutoTokenizer.from_pretrained(settings.target)
+        folder = find_model(settings.target)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
         if self.tokenizer.chat_template is None:
             self.tokenizer.chat_template = CHAT_TEMPLATE.read_text()
-        model = AutoModelForCausalLM.from_pretrained(settings.target, dtype=getattr(torch, settings.dtype))
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, settings.dtype))
         self.model = model.to(device).eval()
         torch.manual_seed(settings.seed)
 

@@ -33,8 +33,8 @@ class ServingConfig(MambaModelConfig):
         """Refuse what a TNL cannot be served with, and choose how states are paged.
 
         Raises:
-            ValueError: The model has layers of softmax attention or is compressed, its heads cannot be shared out, or
-                speculative decoding is asked for.
+            ValueError: The model has layers of softmax attention or is compressed, its heads or layers cannot be shared
+                out, or speculative decoding is asked for.
         """
         config: TnlConfig = vllm_config.model_config.hf_config
         if not all(config.is_linear(layer) for layer in range(config.num_hidden_layers)):

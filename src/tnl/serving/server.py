@@ -3,12 +3,10 @@
 import importlib.util
 import os
 from argparse import Namespace
-from pathlib import Path
-from typing import Any
 
 from tnl.models.tnl.configuration_tnl import TnlConfig
+from tnl.serving.folder import CHAT_TEMPLATE, find_model, has_chat_template
 
-CHAT_TEMPLATE = Path(__file__).parent / "chat_template.jinja"  # the prompts that TransNormerLLM was tuned with
 DEFAULTS = {
     "host": "127.0.0.1",  # nobody else's machine can ask, unless told otherwise
     "max_num_seqs": 256,
@@ -17,8 +15,8 @@ DEFAULTS = {
 CACHED_STATES_PER_REQUEST = 4
 DESCRIPTION = """Serve a TNL with vLLM: an OpenAI-compatible server at http://127.0.0.1:8000/v1.
 
-MODEL is a folder that `tnl train` wrote or TnlForCausalLM.save_pretrained, a released TransNormerLLM folder, or the
-name of either on the Hugging Face Hub. All options are vLLM's. Defaults that differ: --host 127.0.0.1;
+MODEL is the folder of a run of `tnl train`, a folder that save_pretrained wrote, a released TransNormerLLM folder, or
+the name of either on the Hugging Face Hub. All options are vLLM's. Defaults that differ: --host 127.0.0.1;
 --max-num-seqs 256 requests at once; --kv-cache-memory-bytes as many as their states take; requests of up to 131072
 tokens (--max-model-len); a plain chat template where the model has none. States are float32 whatever --dtype is.
 """
@@ -52,7 +50,8 @@ def serve(arguments: list[str]) -> None:
     options = parser.parse_args(["serve", *arguments])
     if options.model_tag is None:
         raise ValueError("MODEL: expected a folder or the name of a repository, got none")
-    options.model = options.model_tag
+    options.served_model_name = options.served_model_name or [options.model_tag]
+    options.model = options.model_tag = find_model(options.model_tag)
     complete(options)
     command.validate(options)
     command.cmd(options)
@@ -87,14 +86,3 @@ def state_bytes(config: TnlConfig, tensor_parallel: int = 1, pipeline_parallel: 
     share = -(-layers // pipeline_parallel)
     sizes = [4 * heads * keys * values for heads, keys, values in map(config.state_shape, range(layers))]
     return max(sum(sizes[first : first + share]) for first in range(0, layers, share)) // tensor_parallel
-
-
-def has_chat_template(tokenizer: str) -> bool:
-    """Whether a tokenizer comes with a chat template; yes as well where it cannot be read, of which vLLM will tell."""
-    from transformers import AutoTokenizer
-
-    try:
-        loaded: Any = AutoTokenizer.from_pretrained(tokenizer)
-    except (OSError, ValueError, KeyError):
-        return True
-    return loaded.chat_template is not None
