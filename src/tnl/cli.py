@@ -41,10 +41,10 @@ COMMANDS = {
         "train a model: tnl train CONFIG.yaml [--key value ...]", TrainSettings, "tnl.training.loop:train"
     ),
     "eval": Command(
-        "loss, perplexity and bits per byte of a model on text",
+        "loss, perplexity and bits per byte of a model on text; or tasks of lm-evaluation-harness",
         EvaluationSettings,
-        "tnl.training.evaluation:evaluate",
-        {"data": "Sources of text, as in `data.train` of `tnl train`."},
+        "tnl.training.evaluation:run",
+        {"data": "Sources of text, as in `data.train` of `tnl train`; none with --harness."},
     ),
     "generate": Command("continue a text", GenerationSettings, "tnl.training.generation:generate"),
     "serve": Command(
@@ -132,7 +132,9 @@ def parse(arguments: list[str]) -> tuple[str, list[Any]]:
         return parsed.command, []
     values = vars(parsed[parsed.command])
     fields = {field.name for field in dataclasses.fields(chosen.settings)}
-    return parsed.command, [chosen.settings(**{name: values[name] for name in values if name in fields})]
+    given = {name: values[name] for name in values if name in fields}
+    given |= {name: given[name] or [] for name in chosen.several}
+    return parsed.command, [chosen.settings(**given)]
 
 
 def quieten() -> None:
@@ -147,9 +149,11 @@ def _add_settings(parser: Any, command: Command) -> None:
         parser.add_argument("--config", action="config", help="YAML file with any of these settings")
         parser.add_argument("--from", help="folder of a model (or of a run) to train on, with its tokenizer")
     parser.add_class_arguments(command.settings, as_positional=True, skip=set(command.several))
+    fields = {field.name: field for field in dataclasses.fields(command.settings or object)}
     for name, text in command.several.items():
         (kind,) = get_args(get_type_hints(command.settings)[name])  # list[kind]
-        parser.add_argument(name, nargs="+", type=kind, help=text)
+        needed = fields[name].default_factory is dataclasses.MISSING
+        parser.add_argument(name, nargs="+" if needed else "*", type=kind, help=text)
 
 
 def _spell_out_train(arguments: list[str]) -> list[str]:

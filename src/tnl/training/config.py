@@ -280,20 +280,25 @@ class EvaluationSettings:
 
     Attributes:
         model: Folder of a model (or the folder of a run).
-        data: Sources of text, as in `data.train` of `tnl train`.
+        data: Sources of text, as in `data.train` of `tnl train`; none with `harness`.
+        harness: Tasks of lm-evaluation-harness instead (the extra `eval`): names and YAML files, separated by commas.
+        harness_examples: Most examples of each task; 0 takes all of them.
         separator: Text that separates the documents of one file; without it a file is one document.
         column: Name of the text column of structured sources.
         window: Tokens in one forward pass. A model with a state of constant size carries it from window to window,
-            so the context is the whole document; another model sees `window` tokens, half of them new.
-        batch_size: Documents read side by side.
+            so the context is the whole document; another model sees `window` tokens, half of them new. A request of
+            the harness that is longer loses its beginning.
+        batch_size: Documents, or requests of the harness, read side by side.
         device: `auto` takes a GPU where there is one.
         dtype: Type of the weights and of the arithmetic.
         json: File for the totals.
-        csv: File for one line a document.
+        csv: File for one line a document, or metric of the harness.
     """
 
     model: str
-    data: list[str]
+    data: list[str] = field(default_factory=list)
+    harness: str | None = None
+    harness_examples: int = 0
     separator: str | None = None
     column: str = "text"
     window: int = 2048
@@ -304,7 +309,9 @@ class EvaluationSettings:
     csv: str | None = None
 
     def __post_init__(self) -> None:
-        require("data", self.data, bool(self.data), "at least one source of text")
+        wanted = "at least one source of text" if self.harness is None else "no source of text with harness"
+        require("data", self.data, bool(self.data) == (self.harness is None), wanted)
+        require("harness_examples", self.harness_examples, self.harness_examples >= 0, "at least 0")
         require("window", self.window, self.window >= 2, "at least 2")
         require("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
 

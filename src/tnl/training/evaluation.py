@@ -63,6 +63,20 @@ class Score:
         return cls(name, tokens, text_bytes, loss, perplexity, nats / math.log(2) / max(1, text_bytes))
 
 
+def run(settings: EvaluationSettings) -> None:
+    """`tnl eval`: on text, or on the tasks of lm-evaluation-harness.
+
+    Raises:
+        ValueError, OSError: As :func:`evaluate` and :func:`tnl.training.harness.evaluate_tasks` do.
+    """
+    if settings.harness is None:
+        evaluate(settings)
+    else:
+        from tnl.training.harness import evaluate_tasks
+
+        evaluate_tasks(settings)
+
+
 def evaluate(settings: EvaluationSettings) -> Score:
     """Score a model on the documents of the sources; print a table and write the files that the settings name.
 
