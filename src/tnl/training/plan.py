@@ -90,7 +90,7 @@ def memory(settings: PlanSettings, config: TnlConfig, sizes: Sizes, gpus: int) -
             "gradients": 0.0,
             "gathered gradients": head,
             "activations": kept,
-            "logits": 4 * min(LOGITS_PER_CHUNK, tokens * config.vocab_size),
+            "logits": 2 * min(LOGITS_PER_CHUNK["cuda"], tokens * config.vocab_size),
         },
         "the last block's backward pass": {
             "gradients": 0.0,
