@@ -25,17 +25,19 @@ def draw(folder: Path) -> None:
 def draw_contexts(rows: list[Row]) -> None:
     """Time to first token, time per token and memory of a request against context."""
     panels = (
-        ("first_token_cpu_s", "time to first token, s"),
-        ("token_cpu_ms", "time per token after that, ms"),
-        ("request_mb", "memory of a request, MB"),
+        ("first_token_cpu_s", "time to first token, s", "log"),
+        ("token_cpu_ms", "time per token after that, ms", "linear"),
+        ("request_mb", "memory of a request, MB", "log"),
     )
     figure, axes = plt.subplots(1, len(panels), figsize=(11, 3.4), layout="constrained")
-    for axis, (column, label) in zip(axes, panels, strict=True):
+    for axis, (column, label, scale) in zip(axes, panels, strict=True):
         for name, colour in COLOURS.items():
             points = sorted((int(row["context"]), float(row[column])) for row in rows if row["model"] == name)
             axis.plot(*zip(*points, strict=True), "o-", color=colour, label=name, markersize=4)
         axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
+        axis.set_yscale(scale)
+        if scale == "linear":
+            axis.set_ylim(bottom=0)
         axis.set_xlabel("context, tokens")
         axis.set_title(label, fontsize=10)
         axis.grid(alpha=0.3)
