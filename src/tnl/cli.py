@@ -12,7 +12,14 @@ from typing import Any, get_args, get_type_hints
 
 from tnl.compression.settings import CompressSettings, ExpandSettings
 from tnl.serving.chat import ChatSettings
-from tnl.training.config import EvaluationSettings, GenerationSettings, PlanSettings, PrepareSettings, TrainSettings
+from tnl.training.config import (
+    EvaluationSettings,
+    FinetuneSettings,
+    GenerationSettings,
+    PlanSettings,
+    PrepareSettings,
+    TrainSettings,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +61,11 @@ COMMANDS = {
         own_arguments=True,
     ),
     "chat": Command("talk with a model, on a server or loaded here", ChatSettings, "tnl.serving.chat:chat"),
+    "finetune": Command(
+        "train a model on instructions, all its weights or LoRA adapters",
+        FinetuneSettings,
+        "tnl.training.finetune:finetune",
+    ),
     "prepare": Command(
         "turn text into token shards that training maps into memory",
         PrepareSettings,

@@ -358,6 +358,44 @@ class GenerationSettings:
         require("num_beams", self.num_beams, self.num_beams >= 1, "at least 1")
 
 
+@dataclass
+class FinetuneSettings:
+    """Everything `tnl finetune` needs.
+
+    Attributes:
+        model: Folder of a model (or the folder of a run).
+        data: File of instructions: `.jsonl`, `.json`, `.csv` or `.parquet` with the columns `instruction`, `input`
+            (may be empty or absent) and `output`.
+        output: Folder of the run: `model/`, a Hugging Face folder, and `adapter/` with LoRA.
+        lora_rank: Rank of the LoRA adapters in all linear layers of the blocks; 0 trains all weights.
+        learning_rate: The highest learning rate; it falls to zero along a cosine.
+        epochs: Passes over the data.
+        batch_size: Examples in a step.
+        longest: Most tokens of an example; what is beyond is cut off.
+        seed: Seeds the adapters and the order of the examples.
+        device: `auto` takes a GPU where there is one, which computes in bfloat16.
+    """
+
+    model: str
+    data: str
+    output: str = "runs/finetuned"
+    lora_rank: int = 0
+    learning_rate: float = 2e-4
+    epochs: float = 3.0
+    batch_size: int = 16
+    longest: int = 2048
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        require("output", self.output, self.output != "", "the name of a folder")
+        require("lora_rank", self.lora_rank, self.lora_rank >= 0, "at least 0")
+        for name in ("learning_rate", "epochs"):
+            require(name, getattr(self, name), getattr(self, name) > 0, "above 0")
+        for name in ("batch_size", "longest"):
+            require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+
+
 def require(name: str, value: object, holds: bool, expected: str) -> None:
     """Raise a ValueError that names the setting, what was expected and what was given, unless `holds`."""
     if not holds:
