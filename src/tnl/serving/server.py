@@ -71,11 +71,11 @@ def complete(options: Namespace) -> None:
         options.kv_cache_memory_bytes = (states + 1) * each  # vLLM keeps one row to itself
     if options.chat_template is None and not has_chat_template(options.tokenizer or options.model):
         options.chat_template = str(CHAT_TEMPLATE)
-    if current_platform.is_cpu() and options.tensor_parallel_size > 1:
+    cores, ranks = sorted(os.sched_getaffinity(0)), options.tensor_parallel_size
+    if current_platform.is_cpu() and 1 < ranks <= len(cores):
         # Without it vLLM asks for a NUMA node for each rank.
-        cores = sorted(os.sched_getaffinity(0))
-        share = max(1, len(cores) // options.tensor_parallel_size)
-        groups = [cores[i * share : (i + 1) * share] for i in range(options.tensor_parallel_size)]
+        share = len(cores) // ranks
+        groups = [cores[i * share : (i + 1) * share] for i in range(ranks)]
         shown = "|".join(",".join(str(core) for core in group) for group in groups)
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", shown)
 

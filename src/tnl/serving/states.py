@@ -114,8 +114,9 @@ class LightningMetadataBuilder(AttentionMetadataBuilder[PooledStep]):
             step, decode_threshold=self.reorder_batch_threshold
         )
         decode_rows = self.decode_rows[:decodes]
-        # The null block stands for requests that pad a graph; there may be several, but each row is written once.
-        decode_rows.copy_(rows[:decodes].masked_fill(rows[:decodes] == NULL_BLOCK_ID, -1))
+        # What pads a CUDA graph has no tokens, or vLLM's null block; it shall read and write no row.
+        padding = (step.seq_lens[:decodes] == 0) | (rows[:decodes] == NULL_BLOCK_ID)
+        decode_rows.copy_(rows[:decodes].masked_fill(padding, -1))
         with torch.inference_mode(False):  # the operator checks a tensor that has a version once, not in each layer
             bounds = step.query_start_loc[decodes : decodes + prefills + 1] - decode_tokens
         return PooledStep(
