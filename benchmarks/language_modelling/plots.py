@@ -13,9 +13,11 @@ from benchmarks.language_modelling.runs import Row, read_rows
 DOCS = REPOSITORY / "docs"
 PAGE = DOCS / "quality.md"
 DEFAULTS = {"learning_rate": 2e-3}
-CURVES = 6  # runs that the plot of learning curves shows, the first ones of the table
+CURVES = 8  # runs that the plot of learning curves shows, the first ones of the table
 BASE = "base"
-REFERENCE = "llama-2048"
+POSITIONS = {"quality": "45m", "length": "10m", "ablations": "10m"}  # tables of scores by position, and their sizes
+LONG_READERS = {"45m": ("tnl", "tnl-seed-1", "tnl-10-heads"), "10m": ("tnl-512", "tnl-2048", "tnl-8192", "tnl-65536")}
+REFERENCE = "llama"  # of either size, reading windows of 2,048
 FIRST_POSITION = 16384  # before it there is too little text to tell models apart
 SCORES = {f"{split}_{way}": f"{split} {way}" for split in ("validation", "test") for way in (512, 2048, 8192, "stream")}
 
@@ -79,7 +81,8 @@ def plot_quality(output: Path) -> None:
     both = {"validation_2048": "validation", "test_2048": "test", "train_2048": "training text"}
     publish("six passes", [row for row in rows if "6-passes" in row["run"]], about | both)
     others = [row for row in rows if row["tokenizer"] == "bpe" or row["corpus"] == "python"]
-    publish("other texts", others, {"run": "run", "corpus": "text", "tokenizer": "tokens"} | both)
+    if others:
+        publish("other texts", others, {"run": "run", "corpus": "text", "tokenizer": "tokens"} | both)
     curves = defaultdict(list)
     for point in read_rows(output / "quality-curves.csv"):
         if point["held_out_loss"]:
@@ -126,22 +129,24 @@ def plot_ablations(output: Path) -> None:
 
 
 def plot_length(output: Path) -> None:
-    """Bits per byte by position in the held-out books, as a distance to LLaMA that was trained at 2048."""
+    """Bits per byte by position in the held-out books, as a distance to LLaMA of the same size."""
     rows = sorted(read_rows(output / "length.csv"), key=lambda row: (row["model"] != "tnl", int(row["context"])))
-    publish("length", rows, {"run": "run", "context": "trained at"} | SCORES)
-    bits: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
-    for row in read_rows(output / "length-positions.csv"):
-        bits[row["run"], row["split"]][int(row["to"])] = float(row["bits_per_byte"])
+    publish("length", rows, {"run": "run", "context": "trained at", "steps": "steps"} | SCORES)
+    bits: dict[tuple[str, str, str], dict[int, float]] = defaultdict(dict)
+    for name, size in POSITIONS.items():
+        for row in read_rows(output / f"{name}-positions.csv"):
+            bits[size, row["run"], row["split"]][int(row["to"])] = float(row["bits_per_byte"])
     figure, panels = figure_of(2)
     for axes, split in zip(panels, ("validation", "test"), strict=True):
-        for row in rows:
-            at = bits[REFERENCE, split]
-            points = [(to, value - at[to]) for to, value in bits[row["run"], split].items() if to > FIRST_POSITION]
-            label = f"{row['model']}, trained at {int(row['context']):,}"
-            style = "--" if row["model"] == "llama" else "-"
-            axes.plot(*zip(*points, strict=True), marker=".", label=label, linestyle=style)
+        for size, names in LONG_READERS.items():
+            at = bits[size, REFERENCE, split]
+            for name in names:
+                points = [(to, it - at[to]) for to, it in bits[size, name, split].items() if to > FIRST_POSITION]
+                if points:
+                    style = "-" if size == "45m" else "--"
+                    axes.plot(*zip(*points, strict=True), marker=".", label=f"{name}, {size}", linestyle=style)
         axes.set(xscale="log", xlabel="position in the book (bytes)", title=split)
-    panels[0].set_ylabel("bits per byte above LLaMA, trained at 2,048")
+    panels[0].set_ylabel("bits per byte above LLaMA of the same size")
     panels[0].legend(fontsize=7)
     figure.savefig(DOCS / "quality-length.png", dpi=110)
 
