@@ -312,11 +312,11 @@ def _measure(case: Case, config: PreTrainedConfig, level: Level, rows: int, coun
 
 PARTS = (  # the first that a kernel's name matches
     ("cross-entropy", r"cross_entropy|nll_loss|log_softmax"),
-    ("softmax attention", r"flash|fmha|cudnn|sdpa|attention"),
+    ("softmax attention", r"flash|fmha|cudnn|sdpa|scaled_dot_product"),
     ("matrix products", r"gemm|nvjet|cutlass|xmma|cublas|addmm|aten::mm|splitKreduce"),
-    ("norms and sums of the residual stream", r"rsqrt|_norm"),
-    ("activations, products and gates", r"triton_.*(sigmoid|silu|mul|cat|stack|cos|sin)"),
-    ("linear attention", r"_forward_kernel|_backward_kernel|_sum_kernel|lightning|_state|_walk|_pass"),
+    ("norms and sums of the residual stream", r"rsqrt|_norm|triton_.*(add_div|_add_)"),
+    ("activations, products and gates", r"triton_.*(sigmoid|silu|mul|cat|stack|cos|sin)|_join_kernel"),
+    ("linear attention", r"^_forward_kernel|^_backward_kernel"),
     ("optimiser and gradient norm", r"multi_tensor|FusedAdam|fused_adam|foreach|lpnorm"),
     ("embedding", r"embedding"),
 )

@@ -27,7 +27,6 @@ def decode_linear(
     norm_eps: float | None = None,
     activated: int = 0,
     residual: Tensor | None = None,
-    following: Tensor | None = None,
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -41,7 +40,6 @@ def decode_linear(
         norm_eps: ``x / sqrt(mean(x^2) + norm_eps)`` in place of ``x``, that is SRMSNorm; None for ``x`` as it is.
         activated: SiLU on the first so many outputs.
         residual: ``[N, O]``, added in place and returned.
-        following: Contiguous weights that a later call reads: a GPU may fetch some of them meanwhile.
         out: ``[N, O]``, contiguous, to write to; not with ``residual``.
         backend: ``"torch"``, ``"triton"``, or ``"auto"``: Triton on a GPU.
 
@@ -71,7 +69,7 @@ def decode_linear(
             raise ValueError(f"x: backend 'triton' takes at most {MOST_INPUTS} inputs, got {x.shape[1]}")
         from tnl.ops import decode_triton
 
-        return decode_triton.linear(x, weight, factor_weight, gate, norm_eps, activated, residual, following, out)
+        return decode_triton.linear(x, weight, factor_weight, gate, norm_eps, activated, residual, out)
     dtype = torch.promote_types(x.dtype, torch.float32)
     wide = x.to(dtype)
     if norm_eps is not None:
@@ -95,7 +93,6 @@ def decode_attention(
     *,
     theta: Tensor | None = None,
     position: Tensor | None = None,
-    following: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """One token of lightning attention on what a projection gave: ``S = exp(g) S + k v^T`` in place, ``o = q S``.
@@ -106,7 +103,6 @@ def decode_attention(
         state: ``[N, H, D, E]`` float32 (float64 with float64 inputs), contiguous, updated in place.
         theta: ``[H, 1, E]`` float32 angles of LRPE, which make q and k twice as wide: ``[q cos, q sin]``.
         position: ``[N]`` int64, the token's position in each row; needed with ``theta``.
-        following: As in :func:`decode_linear`.
         backend: As in :func:`decode_linear`.
 
     Returns:
@@ -131,7 +127,7 @@ def decode_attention(
     if resolve_backend(backend, qkvu) == "triton":
         from tnl.ops import decode_triton
 
-        return decode_triton.attention(qkvu, log_decay, state, theta, position, following)
+        return decode_triton.attention(qkvu, log_decay, state, theta, position)
     query, key, value = (x.to(wide) for x in qkvu[:, :3].unbind(1))
     if theta is not None:
         assert position is not None

@@ -2,13 +2,11 @@
 
 Programmatic dependent launch (PDL): a kernel starts while the one before it ends, reads its weights or states, which
 that one does not write, and then waits for it. Every program of every kernel waits, so that whatever came earlier is
-done as well. Meanwhile each kernel has a part of the weights after next fetched into the second-level cache, so that
-the memory is busy while kernels wait for one another.
+done as well. To fetch the weights after next into the second-level cache as well made a step slower (7 %, an H200).
 """
 
 import functools
 import math
-from typing import Any
 
 import torch
 import triton
@@ -20,27 +18,14 @@ from tnl.ops.backends import interpreted
 
 TILE = 8192  # weights that a program holds: with 128 threads 64 each
 TURN = tl.constexpr(2 * math.pi)
-MOST_FETCHED = 6 << 20  # bytes: several of these are on their way in a cache of 50 MB
 FEW_PROGRAMS = 256  # fewer leave processors of an H100 without work
 
 
 @triton.jit
-def _fetch(NEXT, lines, program, programs, LINE: tl.constexpr):
-    """Ask for this program's share of so many cache lines; nothing waits for them."""
-    share = tl.cdiv(lines, programs)
-    for start in range(0, share, 128):
-        line = tl.minimum(program * share + start + tl.arange(0, 128), lines - 1)
-        address = (NEXT + line.to(tl.int64) * LINE).to(tl.int64, bitcast=True)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
-        )
-
-
-@triton.jit
 def _linear_kernel(
-    X, W, F, GATE, RESIDUAL, OUT, NEXT, lines, rows, outputs, K, x_row, gate_row, eps, activated,
+    X, W, F, GATE, RESIDUAL, OUT, rows, outputs, K, x_row, gate_row, eps, activated,
     PRODUCT: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, ACTIVATE: tl.constexpr, ADD: tl.constexpr,
-    BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr, FETCH: tl.constexpr, LINE: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Some outputs of all rows; the weights are read first and once."""
     output = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -52,8 +37,6 @@ def _linear_kernel(
     w = tl.load(W + at, inside, 0.0)
     if PRODUCT:
         f = tl.load(F + at, inside, 0.0)
-    if FETCH:
-        _fetch(NEXT, lines, tl.program_id(0), tl.num_programs(0), LINE)
     if PDL:
         gdc_wait()
     for row in range(rows):
@@ -75,9 +58,9 @@ def _linear_kernel(
 
 @triton.jit
 def _attention_kernel(
-    QKVU, LOG_DECAY, STATE, THETA, POSITION, OUT, NEXT, lines, H, E,
+    QKVU, LOG_DECAY, STATE, THETA, POSITION, OUT, H, E,
     DECAY: tl.constexpr, LRPE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    PDL: tl.constexpr, FETCH: tl.constexpr, LINE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Some columns of the state of one head and row. With LRPE the state is one for the cosines above one for sines."""
     row, head = tl.program_id(0).to(tl.int64) // H, tl.program_id(0) % H
@@ -96,9 +79,6 @@ def _attention_kernel(
         angle = theta * tl.load(POSITION + row).to(tl.float64)
         angle -= tl.floor(angle / TURN) * TURN
         cosine, sine = tl.cos(angle.to(tl.float32)), tl.sin(angle.to(tl.float32))
-    if FETCH:
-        program = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-        _fetch(NEXT, lines, program, tl.num_programs(0) * tl.num_programs(1), LINE)
     if PDL:
         gdc_wait()
     QKVU += row * 4 * H * E + head * E
@@ -124,18 +104,9 @@ def _dependent_launch(device: torch.device) -> bool:
     return not interpreted() and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def _options(x: Tensor, following: Tensor | None) -> dict[str, Any]:
-    """Constants of a launch, what is fetched for later among them."""
+def _options(x: Tensor) -> dict[str, bool]:
     pdl = _dependent_launch(x.device)
-    line = 128 // x.element_size()
-    fetched = following if pdl and following is not None and min(MOST_FETCHED, following.nbytes) >= 128 else None
-    return {
-        "NEXT": x if fetched is None else fetched,
-        "lines": 0 if fetched is None else min(MOST_FETCHED, fetched.nbytes) // 128,
-        "FETCH": fetched is not None,
-        "LINE": line,
-        "PDL": pdl,
-    } | ({"launch_pdl": True} if pdl else {})
+    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
 
 
 def linear(
@@ -146,7 +117,6 @@ def linear(
     norm_eps: float | None,
     activated: int,
     residual: Tensor | None,
-    following: Tensor | None,
     out: Tensor | None,
 ) -> Tensor:
     """:func:`tnl.ops.decode.decode_linear`."""
@@ -164,7 +134,7 @@ def linear(
         activated=activated,
         PRODUCT=factor_weight is not None, GATED=gate is not None, NORM=norm_eps is not None, ACTIVATE=activated > 0,
         ADD=residual is not None, BLOCK_O=block_o, BLOCK_K=block_k, num_warps=4 if block_k < 8192 else 8,
-        **_options(x, following),
+        **_options(x),
     )  # fmt: skip
     return out
 
@@ -179,7 +149,6 @@ def attention(
     state: Tensor,
     theta: Tensor | None,
     position: Tensor | None,
-    following: Tensor | None,
 ) -> Tensor:
     """:func:`tnl.ops.decode.decode_attention`."""
     rows, _, heads, width = qkvu.shape
@@ -190,6 +159,6 @@ def attention(
         qkvu if position is None else position, out, H=heads, E=width,
         DECAY=log_decay is not None, LRPE=theta is not None,
         BLOCK_D=triton.next_power_of_2(width), BLOCK_E=block_e, num_warps=4,
-        **_options(qkvu, following),
+        **_options(qkvu),
     )  # fmt: skip
     return out

@@ -113,29 +113,21 @@ class TnlDecoder:
         config, backend = self.model.config, "triton"
         eps, heads = config.norm_eps, config.num_attention_heads
         layers: Any = self.model.model.layers
-        head = self.model.lm_head.weight
-        for number, (layer, decay, state) in enumerate(zip(layers, self._decays, self.states, strict=True)):
-            attention, mlp, is_last = layer.attention, layer.mlp, number + 1 == len(layers)
-            after = layers[-1 if is_last else number + 1].attention
-            width = heads * attention.head_dim
+        for layer, decay, state in zip(layers, self._decays, self.states, strict=True):
+            attention, mlp = layer.attention, layer.mlp
+            activated = 2 * heads * attention.head_dim
             qkvu = decode_linear(
-                x, attention.qkvu_proj.weight, norm_eps=eps, activated=2 * width, following=mlp.gate_proj.weight,
-                backend=backend,
-            ).view(len(x), 4, heads, -1)  # fmt: skip
-            output = decode_attention(
-                qkvu, decay, state, theta=None if attention.lrpe is None else attention.lrpe.theta,
-                position=self.position, following=mlp.up_proj.weight, backend=backend,
-            )  # fmt: skip
-            decode_linear(
-                output, attention.o_proj.weight, gate=qkvu[:, 3].flatten(1), norm_eps=eps, residual=x,
-                following=mlp.down_proj.weight, backend=backend,
-            )  # fmt: skip
+                x, attention.qkvu_proj.weight, norm_eps=eps, activated=activated, backend=backend
+            ).view(len(x), 4, heads, -1)
+            theta = None if attention.lrpe is None else attention.lrpe.theta
+            output = decode_attention(qkvu, decay, state, theta=theta, position=self.position, backend=backend)
+            gate = qkvu[:, 3].flatten(1)
+            decode_linear(output, attention.o_proj.weight, gate=gate, norm_eps=eps, residual=x, backend=backend)
             inner = decode_linear(
-                x, mlp.gate_proj.weight, factor_weight=mlp.up_proj.weight, norm_eps=eps,
-                following=head if is_last else after.qkvu_proj.weight, backend=backend,
-            )  # fmt: skip
-            decode_linear(inner, mlp.down_proj.weight, residual=x, following=after.o_proj.weight, backend=backend)
-        decode_linear(x, head, norm_eps=eps, out=self.logits, backend=backend)
+                x, mlp.gate_proj.weight, factor_weight=mlp.up_proj.weight, norm_eps=eps, backend=backend
+            )
+            decode_linear(inner, mlp.down_proj.weight, residual=x, backend=backend)
+        decode_linear(x, self.model.lm_head.weight, norm_eps=eps, out=self.logits, backend=backend)
 
     @torch.inference_mode()
     def _capture(self) -> None:
