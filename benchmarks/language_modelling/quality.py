@@ -36,6 +36,7 @@ RUNS = [
     overfit("tnl-6-passes-dropout-0.1", "tnl", changes={"dropout": 0.1}),
     overfit("llama-6-passes", "llama"),
     overfit("tnl-6-passes", "tnl"),
+    overfit("tnl-6-passes-dropout-0.05", "tnl", changes={"dropout": 0.05}),
     overfit("tnl-6-passes-dropout-0.2", "tnl", changes={"dropout": 0.2}),
     overfit("llama-6-passes-dropout-0.1", "llama", changes={"attention_dropout": 0.1}),
     overfit("llama-6-passes-decay-0.3", "llama", optimizer={"weight_decay": 0.3}),
