@@ -86,6 +86,14 @@ def test_search_keeps_to_the_budget_writes_and_resumes(
     assert torch.equal(logits_of(folder), before)
 
 
+def test_processes_give_the_same(source: Path, tmp_path: Path) -> None:
+    given = {"kinds": ["gate", "qkvu"], "method": "search"}
+    alone = compress(settings_for(source, tmp_path / "alone", **given))
+    several = compress(settings_for(source, tmp_path / "several", executor="joblib", workers=2, **given))
+    assert (tmp_path / "alone" / "report.csv").read_text() == (tmp_path / "several" / "report.csv").read_text()
+    assert torch.equal(logits_of(alone), logits_of(several))
+
+
 @pytest.mark.parametrize("method", ["svd", "ring", "train"])
 def test_fixed_methods(source: Path, tmp_path: Path, method: str) -> None:
     folder = compress(settings_for(source, tmp_path / "out", method=method, allocation="uniform", pinned=False))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.compression.cases import HEALING_LEARNING_RATE, HEALING_SHARE, ORIGINAL, Case, Scale
+from benchmarks.compression.cases import HEALING_LEARNING_RATES, HEALING_SHARE, ORIGINAL, Case, Scale
 from tnl.compression.compress import compress
 from tnl.compression.matrices import find_matrices
 from tnl.compression.settings import CompressSettings
@@ -74,20 +74,25 @@ def run_case(case: Case, scale: Scale, place: Place) -> None:
         model_folder = folder / "model"
     seconds = time.perf_counter() - started
     about: Row = {"method": case.method, "budget": case.budget, "compress_seconds": round(seconds, 1)}
-    write(place, f"{case.name}.0", measure(model_folder, scale, place, about | {"healing_steps": 0}))
+    write(place, f"{case.name}.0", measure(model_folder, scale, place, about | {"healing_steps": 0, "healing_rate": 0}))
     steps = max(1, round(HEALING_SHARE * scale.steps))
-    healed = heal(model_folder, folder / "healed", steps, scale, place)
-    write(place, f"{case.name}.1", measure(healed, scale, place, about | {"healing_steps": steps}))
+    best: Row | None = None
+    for rate in HEALING_LEARNING_RATES:
+        healed = heal(model_folder, folder / f"healed-{rate}", steps, rate, scale, place)
+        row = measure(healed, scale, place, about | {"healing_steps": steps, "healing_rate": rate})
+        if best is None or row["bits_per_byte"] < best["bits_per_byte"]:
+            best = row
+            write(place, f"{case.name}.1", row)
 
 
-def heal(model: Path, output: Path, steps: int, scale: Scale, place: Place) -> Path:
+def heal(model: Path, output: Path, steps: int, rate: float, scale: Scale, place: Place) -> Path:
     """Train a model on as `tnl train --from` does."""
     settings = TrainSettings(
         output=str(output),
         model=ModelSettings(name=str(model)),
         data=DataSettings(train=str(place.text)),
         optimizer=OptimizerSettings(
-            learning_rate=HEALING_LEARNING_RATE * scale.learning_rate,
+            learning_rate=rate * scale.learning_rate,
             warmup_steps=max(1, steps // 10),
             weight_decay=0.0,
             final_ratio=0.02,

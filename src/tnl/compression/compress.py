@@ -4,6 +4,8 @@ import contextlib
 import copy
 import hashlib
 import json
+import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +27,22 @@ from tnl.compression.metric import Metric
 from tnl.compression.moments import Moments, combined, gather_moments
 from tnl.compression.report import write_report
 from tnl.compression.settings import CompressSettings, ExpandSettings
-from tnl.compression.structures import Finding, Fits, foldings_of, scaled, search_structures, worth_fitting
+from tnl.compression.spread import Call, spread
+from tnl.compression.structures import (
+    Finding,
+    Fits,
+    finish_option,
+    fit_network,
+    foldings_of,
+    scaled,
+    search_structures,
+    worth_fitting,
+)
 from tnl.compression.text import Rows, bits_per_byte, read_rows
 from tnl.models import TnlForCausalLM
-from tnl.models.tnl.matrix_network import TensorNetworkEmbedding, TensorNetworkLinear
+from tnl.models.tnl.matrix_network import MatrixNetwork, TensorNetworkEmbedding, TensorNetworkLinear
 from tnl.training.data import describe_source
 from tnl.training.model import choose_device, find_model_folder, load_model, save_model
-from tnss.executor import Executor
 
 BATCH_TOKENS = 4096  # of calibration and measuring
 MEASURED_SHARE = 4  # calibration tokens for each token on which quality is measured
@@ -60,9 +71,11 @@ class Job:
     @contextlib.contextmanager
     def task(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
         """A line of the display; what it gives is called with the units done since the last call."""
-        number = self.progress.add_task(what, total=total)
+        number, started = self.progress.add_task(what, total=total), time.perf_counter()
         yield lambda done: self.progress.advance(number, done)
         self.progress.update(number, completed=total)
+        if not self.progress.console.is_terminal:  # no display: a line for each task that is over
+            self.progress.console.print(f"{what}: {total:,} in {time.perf_counter() - started:.1f} s")
 
 
 def compress(settings: CompressSettings) -> Path:
@@ -88,8 +101,9 @@ def compress(settings: CompressSettings) -> Path:
         findings = add_networks(job, fits, matrices)
         chosen = choose(job, matrices, budget)
         with job.task("finishing", len(matrices)) as advance:
-            for place, matrix in enumerate(matrices):
-                chosen[place] = fits.finish(matrix, chosen[place])
+            calls: list[Call] = [(finish_option, m, (fits, o)) for m, o in zip(matrices, chosen, strict=True)]
+            for place, option in spread(calls, workers_of(settings)):
+                chosen[place] = option
                 advance(1)
         before = measure(job, job.model, measured, "measuring the original")
         model = build(job, matrices, chosen)
@@ -208,12 +222,8 @@ def add_networks(job: Job, fits: Fits, matrices: list[Matrix]) -> list[Finding]:
     """Fit networks to the matrices, as the method says; what was found on the way."""
     settings = job.settings
     if settings.method in ("ring", "train"):
-        with job.task(f"fixed {settings.method}", len(matrices)) as advance:
-            for matrix in matrices:
-                network = fixed_network(matrix, settings.method, settings.budget, settings.pinned)
-                if network is not None:
-                    matrix.networks.append(fits.fit(matrix, network))
-                advance(1)
+        networks = [(m, fixed_network(m, settings.method, settings.budget, settings.pinned)) for m in matrices]
+        fit_networks(job, fits, [(matrix, network) for matrix, network in networks if network is not None])
         return []
     if settings.method == "svd":
         return []
@@ -221,35 +231,42 @@ def add_networks(job: Job, fits: Fits, matrices: list[Matrix]) -> list[Finding]:
     for matrix in matrices:  # matrices of a kind may differ in shape, as in hybrid stacks
         key = f"{matrix.kind} {matrix.shape}" if settings.share else matrix.name
         groups.setdefault(key, []).append(matrix)
-    executor = make_executor(settings)
     searched = {key: members[len(members) // 2] for key, members in groups.items()}
-    foldings = {key: foldings_of(matrix, settings) for key, matrix in searched.items()}
-    found: dict[str, list[tuple[Finding, Option | None]]] = {}
-    with job.task("searching structures", sum(map(len, foldings.values()))) as advance:
-        for key, matrix in searched.items():
-            found[key] = []
-            for folding in foldings[key]:
-                found[key].append(search_structures(matrix, folding, fits, executor))
-                advance(1)
-    families = {key: [n for good in worth_fitting(results) for n in scaled(good)] for key, results in found.items()}
-    with job.task("fitting networks", sum(len(families[key]) * len(groups[key]) for key in groups)) as advance:
-        for key, members in groups.items():
-            searched[key].networks += [option for _, option in found[key] if option is not None]
-            for matrix in members:
-                for network in families[key]:
-                    matrix.networks.append(fits.fit(matrix, network))
-                    advance(1)
-    return [finding for results in found.values() for finding, _ in results]
+    pairs = [(key, folding) for key, matrix in searched.items() for folding in foldings_of(matrix, settings)]
+    executor = tnss.Ray(tasks=settings.workers or None) if settings.executor == "ray" else None
+    calls: list[Call] = [(search_structures, searched[key], (folding, fits, executor)) for key, folding in pairs]
+    results: dict[int, tuple[Finding, Option | None]] = {}
+    with job.task("searching structures", len(calls)) as advance:
+        for number, result in spread(calls, workers_of(settings)):
+            results[number] = result
+            advance(1)
+    found: dict[str, list[tuple[Finding, Option | None]]] = {key: [] for key in groups}
+    for number, (key, _) in enumerate(pairs):
+        found[key].append(results[number])
+    wanted = []
+    for key, members in groups.items():
+        searched[key].networks += [option for _, option in found[key] if option is not None]
+        family = [network for good in worth_fitting(found[key]) for network in scaled(good)]
+        wanted += [(matrix, network) for matrix in members for network in family]
+    fit_networks(job, fits, wanted)
+    return [finding for of_kind in found.values() for finding, _ in of_kind]
 
 
-def make_executor(settings: CompressSettings) -> Executor:
-    """The executor that the settings name."""
-    workers = settings.workers or None
-    if settings.executor == "joblib":
-        return tnss.Joblib(workers)
-    if settings.executor == "ray":
-        return tnss.Ray(tasks=workers)
-    return tnss.Local()
+def fit_networks(job: Job, fits: Fits, wanted: list[tuple[Matrix, MatrixNetwork]]) -> None:
+    """Fit each network to its matrix, and add it there."""
+    calls: list[Call] = [(fit_network, matrix, (fits, network)) for matrix, network in wanted]
+    options: dict[int, Option] = {}
+    with job.task("fitting networks", len(calls)) as advance:
+        for number, option in spread(calls, workers_of(job.settings)):
+            options[number] = option
+            advance(1)
+    for number, (matrix, _) in enumerate(wanted):  # in the order of the calls, so that a run can be repeated
+        matrix.networks.append(options[number])
+
+
+def workers_of(settings: CompressSettings) -> int:
+    """Processes among which work on single matrices is divided."""
+    return (settings.workers or os.cpu_count() or 1) if settings.executor == "joblib" else 1
 
 
 def choose(job: Job, matrices: list[Matrix], budget: int) -> list[Option]:

@@ -77,6 +77,11 @@ class Matrix:
         """Singular value decomposition of the whitened matrix."""
         return Spectrum.of(self.weight, self.metric)
 
+    def to(self, device: torch.device) -> "Matrix":
+        """The same on a device, without its networks."""
+        weight, metric = self.weight.to(device), self.metric.to(device)
+        return Matrix(self.name, self.kind, weight, metric, self.row_cuts, self.column_cuts)
+
     @property
     def shape(self) -> tuple[int, int]:
         """`(m, n)`."""

@@ -38,7 +38,8 @@ class CompressSettings:
         calibration_tokens: Tokens of `data` from which second moments are gathered.
         sequence_length: Tokens in a row of calibration text.
         damping: Share of the mean second moment that is added to all of them.
-        executor: Where structures are fitted: `local`, `joblib` (processes of this machine), `ray` (a cluster).
+        executor: `local`; `joblib`, searches and fits of single matrices in processes of this machine; `ray`, the
+            structures of each search on a Ray cluster.
         workers: Processes of `joblib`, tasks of `ray`; 0 takes one a core.
         seed: Seeds fits and the choice of calibration rows.
         device: `auto` takes a GPU where there is one.

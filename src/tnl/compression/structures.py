@@ -85,8 +85,8 @@ class Fits:
         """The network fitted to the matrix in its metric, from given cores or from those `tnss` finds."""
         random = start is None and unknowns(network) > MOST_UNKNOWNS
         iterations = self.settings.iterations if to_the_end or random else -(-self.settings.iterations // 4)
-        key = json.dumps([self.identity, matrix.name, network.to_dict(), start is not None, iterations])
-        path = self.folder / f"fit-{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
+        key = digest([self.identity, matrix.name, network.to_dict(), start is not None, iterations])
+        path = self.folder / f"fit-{key}.safetensors"
         device = matrix.weight.device
         if path.exists():
             with safe_open(path, framework="pt", device=str(device)) as file:
@@ -101,13 +101,29 @@ class Fits:
             tensors = {f"core.{vertex}": core.cpu().contiguous() for vertex, core in enumerate(cores)}
             save_file(tensors, partial, metadata={"error": repr(error)})
             partial.replace(path)
-        return Option("network", stored(network, self.settings.pinned), error, network=network, cores=tuple(cores))
+        kept = tuple(core.cpu() for core in cores)
+        return Option("network", stored(network, self.settings.pinned), error, network=network, cores=kept)
 
     def finish(self, matrix: Matrix, option: Option) -> Option:
         """The option that was chosen, fitted to the end where it is a network."""
         if option.network is None:
             return option
         return self.fit(matrix, option.network, list(option.cores), to_the_end=True)
+
+
+def fit_network(matrix: Matrix, fits: Fits, network: MatrixNetwork) -> Option:
+    """:meth:`Fits.fit` from the cores that `tnss` finds, as a function."""
+    return fits.fit(matrix, network)
+
+
+def finish_option(matrix: Matrix, fits: Fits, option: Option) -> Option:
+    """:meth:`Fits.finish` as a function."""
+    return fits.finish(matrix, option)
+
+
+def digest(what: object) -> str:
+    """A name for a file."""
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
 
 
 def als(settings: CompressSettings, device: torch.device) -> tnss.ALS:
@@ -146,7 +162,7 @@ def foldings_of(matrix: Matrix, settings: CompressSettings) -> list[Folding]:
 
 
 def search_structures(
-    matrix: Matrix, folding: Folding, fits: Fits, executor: Executor
+    matrix: Matrix, folding: Folding, fits: Fits, executor: Executor | None = None
 ) -> tuple[Finding, Option | None]:
     """Search one folding of a matrix for structures within the budget's share of its parameters.
 
@@ -154,7 +170,7 @@ def search_structures(
         matrix: The matrix.
         folding: How it becomes a tensor.
         fits: Where fits are kept.
-        executor: Where structures are fitted in a search.
+        executor: Where structures are fitted in a search; this process by default.
 
     Returns:
         What was found, and the best option where there is one.
@@ -170,7 +186,7 @@ def search_structures(
     truncated_error = whitened.truncated_error(matrix.rank_within(budget, settings.pinned))
     option, evaluations = None, 0
     if bound < truncated_error:
-        option, evaluations = _search(matrix, whitened, space, budget, fits, executor)
+        option, evaluations = _search(matrix, whitened, space, budget, fits, executor or tnss.Local())
     return _finding(matrix, folding, bound, truncated_error, option, evaluations, settings.pinned), option
 
 
@@ -197,7 +213,7 @@ def _search(
         fit=als(settings, device),
         budget=tnss.Budget(settings.evaluations),
         executor=executor,
-        cache=fits.folder / "searches.sqlite",
+        cache=fits.folder / f"search-{digest([matrix.name, str(whitened.folding)])}.sqlite",
         seed=settings.seed,
     )
     best = None
