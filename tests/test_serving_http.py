@@ -202,7 +202,7 @@ def test_memory_settles(server: Server, expected: list[Reference]) -> None:
     def ask(number: int) -> None:
         greedy(client, server, expected[number % len(expected)].prompt)
 
-    grown = []
+    grown: list[int] = []
     while not grown or grown[-1] > 1 << 20:  # allocators take a while
         before = server.memory()
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
