@@ -1,4 +1,4 @@
-"""Plots of the rows: bits per byte against parameters of the matrices and against bytes of the model."""
+"""Plots and table of the rows: bits per byte against parameters of the matrices and against bytes of the model."""
 
 import csv
 from collections.abc import Sequence
@@ -9,6 +9,12 @@ from benchmarks.compression.cases import METHODS, ORIGINAL
 
 Row = dict[str, str]
 DOCS = REPOSITORY / "docs"
+MARKS = ("<!-- table of python -m benchmarks.compression plot -->", "<!-- end of the table -->")
+HEADER = (
+    "method", "parameters of the matrices", "before healing", "healed", "healed, int8", "MB, int8", "tokens/s",
+    "decoded/s",
+)  # fmt: skip
+SPEEDS = ("tokens_per_second", "decoded_tokens_per_second")
 COLOURS = dict(zip(METHODS, ("tab:red", "tab:purple", "tab:blue", "tab:cyan", "tab:green", "tab:olive"), strict=True))
 
 
@@ -21,6 +27,39 @@ def draw(folder: Path) -> None:
         rows = list(csv.DictReader(file))
     draw_parameters(rows, DOCS / "compression-parameters.png")
     draw_bytes(rows, DOCS / "compression-bytes.png")
+    write_table(rows, DOCS / "compression.md")
+
+
+def write_table(rows: Sequence[Row], page: Path) -> None:
+    """Put the rows into the page, between its two marks."""
+    original = next(float(row["bits_per_byte"]) for row in rows if row["method"] == ORIGINAL)
+    lines = [
+        f"| {' | '.join(HEADER)} |",
+        f"| {' | '.join(['---'] * len(HEADER))} |",
+    ]
+    for first in (row for row in rows if row["healing_steps"] == "0"):
+        same = (row for row in rows if (row["method"], row["budget"]) == (first["method"], first["budget"]))
+        healed = next((row for row in same if row["healing_steps"] != "0"), None)
+        cells = [first["method"], f"{int(first['matrix_parameters']):,}", _bits(first, "bits_per_byte", original)]
+        columns = ("bits_per_byte", "bits_per_byte_int8")
+        cells += ["" if healed is None else _bits(healed, name, original) for name in columns]
+        cells.append(f"{int(first['bytes_int8']) / 1e6:.1f}")
+        cells += [f"{int(first[name]):,}" if first[name] else "" for name in SPEEDS]
+        lines.append(f"| {' | '.join(cells)} |")
+    before, _, rest = page.read_text().partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    about = f"{rows[0]['device']}, PyTorch {rows[0]['torch']}, transformers {rows[0]['transformers']}"
+    rates = sorted({row["healing_rate"] for row in rows if row.get("healing_rate", "0") != "0"})
+    healing = f"Healed at {' or '.join(rates)} of the training's learning rate, whichever was better."
+    if not rates:
+        healing = "Healed at half of the training's learning rate, which is too much: most models are worse for it."
+    body = "\n".join(lines)
+    page.write_text(f"{before}{MARKS[0]}\n{body}\n\n{about}. {healing}\n{MARKS[1]}{after}")
+
+
+def _bits(row: Row, name: str, original: float) -> str:
+    bits = float(row[name])
+    return f"{bits:.4f} ({bits / original - 1:+.1%})"
 
 
 def _curve(rows: Sequence[Row], method: str, healed: bool, x: str, y: str) -> tuple[list[float], list[float]]:
