@@ -78,13 +78,16 @@ def draw_parameters(rows: Sequence[Row], path: Path) -> None:
         dense, reference = _curve(rows, ORIGINAL, healed, "matrix_parameters", "bits_per_byte")
         for method, colour in COLOURS.items():
             parameters, bits = _curve(rows, method, healed, "matrix_parameters", "bits_per_byte")
-            axes.plot([p / dense[0] for p in parameters], bits, "o-", color=colour, label=method, markersize=4)
+            if parameters:
+                axes.plot([p / dense[0] for p in parameters], bits, "o-", color=colour, label=method, markersize=4)
         axes.axhline(reference[0], color="0.4", linestyle="--", linewidth=1)
         axes.set_title("healed on 5 % of the training tokens" if healed else "before healing", fontsize=10)
         axes.set_xlabel("parameters kept")
         axes.set_ylabel("bits per byte")
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:.2f}")
+        axes.yaxis.set_minor_formatter("{x:.1f}")
         if not healed:
-            axes.set_yscale("log")
             axes.legend(fontsize=7)
     figure.savefig(path, dpi=120)
 
@@ -98,7 +101,7 @@ def draw_bytes(rows: Sequence[Row], path: Path) -> None:
     for method, colour in {ORIGINAL: "0.3", **COLOURS}.items():
         for size, bits, fill in (("bytes", "bits_per_byte", colour), ("bytes_int8", "bits_per_byte_int8", "none")):
             x, y = _curve(rows, method, True, size, bits)
-            label = method if fill == colour else None
+            label = method if fill == colour and x else None
             axes.plot([v / 1e6 for v in x], y, "o-", color=colour, markerfacecolor=fill, label=label, markersize=5)
     axes.set_xlabel("size of the model in MB")
     axes.set_ylabel("bits per byte, healed")
