@@ -85,8 +85,12 @@ class Server:
             time.sleep(0.2)
 
     def stop(self) -> None:
+        """End it, and whatever of its processes does not end by itself within a minute."""
+        if self.process.poll() is not None:
+            return
+        processes = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
         self.process.send_signal(signal.SIGINT)
-        try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
+        _, left = psutil.wait_procs(processes, timeout=60)
+        for process in left:
+            process.kill()
+        self.process.wait()
