@@ -13,6 +13,7 @@ import os
 import statistics
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -342,6 +343,8 @@ def plot(path: Path, output: Path) -> None:
 
     with path.open(newline="") as file:
         rows: list[dict[str, Any]] = [row for row in csv.DictReader(file) if row["ms"]]
+    device = Counter(row["device"] for row in rows).most_common(1)[0][0]
+    rows = [row for row in rows if row["device"] == device]
     figure, axes = plt.subplots(1, 3, figsize=(14, 4))
     panels = (
         ("decode", "T", "ms", "ms a decode step, batch 1", {"batch": "1"}),
@@ -362,6 +365,6 @@ def plot(path: Path, output: Path) -> None:
         axis.set(xlabel="tokens in the prompt" if x == "T" else "batch", title=title)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
-    figure.suptitle(f"generation, {rows[0]['device']}, bfloat16")
+    figure.suptitle(f"generation, {device}, bfloat16")
     figure.tight_layout()
     figure.savefig(output, dpi=110)

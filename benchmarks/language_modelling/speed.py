@@ -361,6 +361,8 @@ def plot(path: Path, output: Path) -> None:
     for number, size in enumerate(dict.fromkeys(row["size"] for row in rows)):
         for model, style in styles.items():
             chosen = sorted((int(row["T"]), row) for row in rows if (row["model"], row["size"]) == (model, size))
+            if not chosen:
+                continue
             for axis, column in zip(axes, ("tokens_per_second", "memory_gib"), strict=True):
                 values = [float(row[column]) for _, row in chosen]
                 label = f"{model} {size}"
