@@ -100,7 +100,7 @@ class ParallelSettings:
     Attributes:
         precision: `float32`, or `bfloat16`: parameters and optimiser in float32, matrix products in bfloat16
             (autocast in one process, FSDP2 mixed precision in several).
-        compile: Compile every block with torch.compile.
+        compile: Compile every block, and the last norm, with torch.compile.
         activation_checkpointing: Compute the activations of a block again in the backward pass.
         context: Processes that share each row, a part of its tokens on each; the others share the rows of a batch.
     """
