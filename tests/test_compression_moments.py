@@ -1,7 +1,7 @@
 """Second moments of inputs and of gradients at outputs. Tier T0."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tnl.compression.moments import Moments, combined, gather_moments
 from tnl.models import TnlConfig, TnlForCausalLM
@@ -22,11 +22,14 @@ def test_moments_are_those_of_the_definition() -> None:
     moments = gather_moments(model, names, batches, seen.append)
     assert seen == [20, 20, 20]
 
-    inputs, gradients = [], []
-    layer = model.get_submodule("model.layers.0.mlp.down_proj")
-    handle = layer.register_forward_hook(
-        lambda module, given, output: (inputs.append(given[0].detach()), output.register_hook(gradients.append))[0]
-    )
+    inputs: list[Tensor] = []
+    gradients: list[Tensor] = []
+
+    def keep(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+        inputs.append(given[0].detach())
+        output.register_hook(gradients.append)
+
+    handle = model.get_submodule("model.layers.0.mlp.down_proj").register_forward_hook(keep)
     for tokens in batches:
         output = model(input_ids=tokens, use_cache=False).logits
         losses = nn.functional.cross_entropy(output[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")

@@ -528,9 +528,11 @@ class TnlForCausalLM(TnlPreTrainedModel, GenerationMixin):
         self.model = TnlModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         replace_matrices(self, {name: n for name, n in (config.tensor_networks or {}).items() if name == "lm_head"}, "")
-        if config.tie_word_embeddings and isinstance(self.model.embed_tokens, TensorNetworkEmbedding):
-            self.lm_head = TensorNetworkLinear(self.model.embed_tokens.network)
-            cores = (name for name, _ in self.lm_head.named_parameters())  # patterns, which transformers expands
+        embedding: nn.Module = self.model.embed_tokens
+        if config.tie_word_embeddings and isinstance(embedding, TensorNetworkEmbedding):
+            head: Any = TensorNetworkLinear(embedding.network)  # in place of a linear layer
+            self.lm_head = head
+            cores = (name for name, _ in head.named_parameters())  # patterns, which transformers expands
             self._tied_weights_keys = {f"lm_head.{name}$": f"model.embed_tokens.{name}$" for name in cores}
         self.post_init()
 
