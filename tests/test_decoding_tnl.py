@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from tests.test_matrix_network import tiny_config
 from tnl.models import TnlCache, TnlConfig, TnlForCausalLM
 from tnl.models.tnl import decoding_tnl
 from tnl.models.tnl.decoding_tnl import TnlDecoder, decode, prefill
@@ -18,8 +19,9 @@ VOCABULARY = 50
 
 def small_model(device: str = "cpu", **changes: Any) -> TnlForCausalLM:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 40}
-    config = TnlConfig(vocab_size=VOCABULARY, initializer_range=0.3, **(sizes | changes))
+    sizes: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 40, "initializer_range": 0.3}
+    config = TnlConfig(vocab_size=VOCABULARY, **(sizes | changes))
     return TnlForCausalLM(config).eval().to(device)
 
 
@@ -58,6 +60,15 @@ def test_variants_go_through_the_modules(changes: dict[str, Any]) -> None:
     torch.testing.assert_close(decode_all(model, tokens), wanted, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="fused: expected False"):
         TnlDecoder(model, 1, fused=True)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_compressed_models_go_through_the_modules(tied: bool) -> None:
+    torch.manual_seed(0)
+    model, tokens = TnlForCausalLM(tiny_config(tied)).eval(), random_tokens(2, 7)
+    with torch.no_grad():
+        wanted = model(tokens).logits[:, 2:]
+    torch.testing.assert_close(decode_all(model, tokens), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_what_cannot_be_served_is_refused() -> None:

@@ -48,8 +48,7 @@ class TnlDecoder:
         on_gpu = device.type == "cuda"
         self.model = model
         self.fused = (servable and on_gpu and rows <= MOST_FUSED_ROWS) if fused is None else fused
-        weight = model.lm_head.weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
+        wide = torch.promote_types(model.dtype, torch.float32)
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         self.position = torch.zeros(rows, dtype=torch.int64, device=device)
         self.states = [
@@ -58,7 +57,7 @@ class TnlDecoder:
         ]
         self._decays = model.model.log_decay(device)
         self._graph: torch.cuda.CUDAGraph | None = None
-        self.logits: Tensor = torch.zeros(rows, config.vocab_size, dtype=weight.dtype, device=device)
+        self.logits: Tensor = torch.zeros(rows, config.vocab_size, dtype=model.dtype, device=device)
         if on_gpu if capture is None else capture:
             self._capture()
 
