@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tnl.ops import lightning_attention, lightning_attention_step
-from tnl.serving import pooled
+from tnl.ops import lightning_attention
 from tnl.serving.pooled import PooledStep, attend
 
 HEADS, WIDTH, ROWS = 2, 16, 12
@@ -34,6 +33,7 @@ def one_step(
     rows: list[int],
     log_decay: Tensor | None,
     padding: int = 0,
+    backend: str = "auto",
 ) -> dict[int, Tensor]:
     """Outputs by text; `read` moves on. `padding` rows and tokens come after the decodes, as in a CUDA graph."""
     counts = dict.fromkeys(decodes, 1) | prefills
@@ -47,7 +47,7 @@ def one_step(
         prefill_bounds=torch.tensor([0, *prefills.values()]).cumsum(0).int(),
         num_tokens=sum(counts.values()) + padding,
     )
-    attend(step, q, k, v, log_decay, pools, output)
+    attend(step, q, k, v, log_decay, pools, output, backend)
     found = {}
     begin = 0
     for i, n in counts.items():
@@ -59,16 +59,7 @@ def one_step(
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("log_decay", [None, DECAY], ids=["no decay", "decay"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_chunks_and_decodes_mixed_equal_the_whole(
-    parts: int, log_decay: Tensor | None, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, function in (
-        ("lightning_attention", lightning_attention),
-        ("lightning_attention_step", lightning_attention_step),
-    ):
-        monkeypatch.setattr(
-            pooled, name, lambda *args, function=function, **options: function(*args, **options, backend=backend)
-        )
+def test_chunks_and_decodes_mixed_equal_the_whole(parts: int, log_decay: Tensor | None, backend: str) -> None:
     inputs, rows, read = texts(parts), [7, 2, 11, 5], [0] * len(LENGTHS)
     pools = [torch.full((ROWS, HEADS, WIDTH, WIDTH), torch.nan) for _ in range(parts)]  # a stranger's row is seen
     for pool in pools:
@@ -81,12 +72,37 @@ def test_chunks_and_decodes_mixed_equal_the_whole(
         if read[3] > 28:  # the rest is decoded alone, padded
             decodes, prefills = [3], {}
         padding = 0 if prefills else 2
-        for i, found in one_step(decodes, prefills, read, inputs, pools, rows, log_decay, padding).items():
+        for i, found in one_step(decodes, prefills, read, inputs, pools, rows, log_decay, padding, backend).items():
             outputs[i].append(found)
     for i, text in enumerate(inputs):
         torch.testing.assert_close(torch.cat(outputs[i]), whole(text, log_decay), rtol=1e-4, atol=1e-4)
     others = [row for row in range(ROWS) if row not in rows]
     assert all(pool[others].isnan().all() for pool in pools)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("lengths", [(150,), (70, 1, 100)], ids=["alone", "packed"])
+def test_prefills_cut_in_segments(parts: int, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU does with few heads; a state is handed over in the row of the pool that it came from."""
+    from tnl.ops import lightning_triton
+
+    monkeypatch.setattr(lightning_triton, "cut_sequence", lambda *_: (48, 16))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(sum(lengths), HEADS, WIDTH * n, generator=generator) for n in (parts, parts, 1))
+    given = [torch.randn(ROWS, HEADS, WIDTH, WIDTH, generator=generator) for _ in range(parts)]
+    step = PooledStep(
+        decode_rows=torch.tensor([], dtype=torch.int32),
+        prefill_rows=torch.tensor([4, 9, 0][: len(lengths)]),
+        prefill_bounds=torch.tensor([0, *lengths]).cumsum(0).int(),
+        num_tokens=sum(lengths),
+    )
+    results = []
+    for backend in ("torch", "triton"):
+        pools, output = [pool.clone() for pool in given], torch.full_like(v, torch.nan)
+        attend(step, q, k, v, DECAY, pools, output, backend)
+        results.append((output, *pools))
+    for triton, right in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(triton, right, rtol=1e-4, atol=1e-4)
 
 
 def test_tokens_after_the_step_are_left_alone() -> None:

@@ -9,11 +9,13 @@ sine: `q S = (q cos) S_cos + (q sin) S_sin`. So all states of a model have one s
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tnl.ops import lightning_attention, lightning_attention_step
+from tnl.ops.backends import call_on_device, resolve_backend
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ def attend(
     log_decay: Tensor | None,
     pools: Sequence[Tensor],
     output: Tensor,
+    backend: str = "auto",
 ) -> None:
     """Let each token attend to all that its request has read; move the states on.
 
@@ -55,45 +58,67 @@ def attend(
         log_decay: `[H]` float32, or `None` for no decay.
         pools: One, or two with LRPE: `[P, H, E, E]` float32, each state contiguous, updated in place.
         output: `[N, H, E]`, written in place.
+        backend: As in :func:`tnl.ops.lightning_attention`.
     """
+    backend = resolve_backend(backend, query)
     decodes, end = len(step.decode_rows), step.num_tokens
     if decodes:
-        output[:decodes] = _decode(step, query[:decodes], key[:decodes], value[:decodes], log_decay, pools)
+        output[:decodes] = _decode(step, query[:decodes], key[:decodes], value[:decodes], log_decay, pools, backend)
     if end > decodes:
         tokens = slice(decodes, end)
-        output[tokens] = _prefill(step, query[tokens], key[tokens], value[tokens], log_decay, pools)
+        prefill = _prefill_copied
+        if backend == "triton":
+            from tnl.serving.pooled_triton import prefill
+        call_on_device(
+            prefill, query[tokens], key[tokens], value[tokens], log_decay, pools, step.prefill_rows,
+            step.prefill_bounds, output[tokens],
+        )  # fmt: skip
 
 
 def _decode(
-    step: PooledStep, query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None, pools: Sequence[Tensor]
+    step: PooledStep,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor | None,
+    pools: Sequence[Tensor],
+    backend: str,
 ) -> Tensor:
+    options: dict[str, Any] = {"state_indices": step.decode_rows, "backend": backend}
     if len(pools) == 1:
-        return lightning_attention_step(query, key, value, log_decay, pools[0], state_indices=step.decode_rows)
+        return lightning_attention_step(query, key, value, log_decay, pools[0], **options)
     # In float32, so that the sum of the halves is rounded once, as in training.
     query, key, value = query.float(), key.float(), value.float()
     parts = zip(query.chunk(len(pools), -1), key.chunk(len(pools), -1), pools, strict=True)
     outputs = [
-        lightning_attention_step(part_query, part_key, value, log_decay, pool, state_indices=step.decode_rows)
+        lightning_attention_step(part_query, part_key, value, log_decay, pool, **options)
         for part_query, part_key, pool in parts
     ]
     return torch.stack(outputs).sum(0)
 
 
-def _prefill(
-    step: PooledStep, query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor | None, pools: Sequence[Tensor]
-) -> Tensor:
-    rows = step.prefill_rows
-    initial = pools[0][rows] if len(pools) == 1 else torch.cat([pool[rows] for pool in pools], dim=2)
-    output, final = lightning_attention(
+def _prefill_copied(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor | None,
+    pools: Sequence[Tensor],
+    rows: Tensor,
+    cu_seqlens: Tensor,
+    output: Tensor,
+) -> None:
+    """What :func:`tnl.serving.pooled_triton.prefill` does in place, with copies of the states."""
+    result, final = lightning_attention(
         query[None],
         key[None],
         value[None],
         log_decay,
-        initial_state=initial,
+        initial_state=torch.cat([pool[rows] for pool in pools], dim=2),
         return_final_state=True,
-        cu_seqlens=step.prefill_bounds if len(rows) > 1 else None,  # one alone may be cut over the whole GPU
+        cu_seqlens=cu_seqlens,
+        backend="torch",
     )
     assert final is not None
+    output.copy_(result[0])
     for pool, part in zip(pools, final.chunk(len(pools), dim=2), strict=True):
         pool[rows] = part
-    return output[0]

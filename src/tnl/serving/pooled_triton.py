@@ -1,0 +1,121 @@
+"""Prefill on states that stay in a pool, in Triton: the operator's walk, without copies.
+
+It reads each state from its row of the pool, leaves it there, and writes the output where the caller wants it.
+
+Dimensions: N tokens laid end to end, R requests, H heads, D key width, E value width, P rows of a pool.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tnl.ops.lightning_triton import (
+    Tiles,
+    _aligned,
+    _cut,
+    _decay_form,
+    _descriptor,
+    _launch,
+    _locate,
+    _or,
+    _padded,
+    _precision,
+    _walk,
+    ceil_div,
+    choose_tiles,
+)
+
+
+def choose_prefill_tiles(parts: int, width: int, dtype: torch.dtype, exact: bool) -> Tiles:
+    """Tiles for keys of ``parts width`` and values of ``width``."""
+    return choose_tiles(parts * width, width, dtype, False, False, exact)
+
+
+@triton.jit(do_not_specialize=["T", "H", "sequences", "segment", "lead", "per_sequence", "items"])
+def _prefill_kernel(
+    Q, K, V, OUT, LOG_DECAY, POOL, SECOND_POOL, ROWS, CU_SEQLENS, FLAGS,
+    T, H, sequences, segment, lead, per_sequence, items, pool_row, out_token, D, E,
+    PARTS: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """As the forward kernel of :mod:`tnl.ops.lightning_triton`, whose order of programs it has.
+
+    A state is read by the programs that write it, each its own columns, before they do: one row serves as both.
+    """
+    ticket = tl.program_id(0)
+    blocks = tl.cdiv(E, BLOCK_C)
+    if SPLIT:
+        ticket = tl.atomic_add(FLAGS, 1, sem="relaxed")
+    column_block = ticket % blocks
+    head = (ticket // blocks) % H
+    sequence, begin, end, index, is_last = _locate(
+        ticket // (blocks * H), CU_SEQLENS, T, segment, lead, sequences, per_sequence, items,
+        False, PACKED, SPLIT, BLOCK_T,
+    )  # fmt: skip
+    if sequence < 0:
+        return
+    at = tl.load(ROWS + sequence).to(tl.int64) * pool_row + head.to(tl.int64) * E * E
+    state = POOL + at
+    if PARTS == 2:  # rows of the state from E on lie in the other pool
+        state = tl.where((tl.arange(0, BLOCK_D) < E)[:, None], POOL + at, SECOND_POOL + at - E * E)
+    rate = 0.0
+    if DECAY == 1:
+        rate = tl.load(LOG_DECAY + head)
+    _walk(
+        Q, K, V, OUT + head * E, OUT, OUT, LOG_DECAY, state, state,
+        FLAGS + 1 + (sequence * H + head) * blocks + column_block,
+        sequence, head, head, out_token, 0, E, 1, rate, 1.0,
+        begin, end, index, is_last, segment, lead, D, E, column_block,
+        False, DECAY, True, True, PACKED, SPLIT, False, BLOCK_T, BLOCK_D, BLOCK_C, PRECISION,
+    )  # fmt: skip
+
+
+def prefill(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor | None,
+    pools: Sequence[Tensor],
+    rows: Tensor,
+    cu_seqlens: Tensor,
+    output: Tensor,
+) -> None:
+    """Let the tokens of R requests attend to all that their requests have read; move the states on.
+
+    Args:
+        query: ``[N, H, D]``, float32, float16 or bfloat16; ``key`` alike. ``D = E len(pools)``.
+        key: ``[N, H, D]``.
+        value: ``[N, H, E]``.
+        log_decay: ``[H]`` float32, or None for no decay.
+        pools: One or two ``[P, H, E, E]`` float32 of the same strides, heads without gaps; updated in place.
+        rows: ``[R]``, each at most once.
+        cu_seqlens: ``[R + 1]``, from 0 to N.
+        output: ``[N, H, E]``, heads without gaps; written in place.
+    """
+    q, k, v = _aligned(query[None]), _aligned(key[None]), _aligned(value[None])
+    tokens, heads, D = q.shape[1:]
+    E = v.shape[-1]
+    log_decay, decay = _decay_form(log_decay)
+    precision = _precision(q.dtype)
+    tiles = choose_prefill_tiles(len(pools), E, q.dtype, precision == "ieee")
+    blocks = ceil_div(E, tiles.columns)
+    # One request alone is cut over the whole GPU, and read as a row of its own.
+    cut = _cut(q, cu_seqlens if len(rows) > 1 else None, blocks, decay == 1)
+    flags = None
+    if cut.split:
+        flags = torch.zeros(1 + cut.sequences * heads * blocks, dtype=torch.int32, device=q.device)
+    block_d, block_c = _padded(D), tiles.columns
+    _launch(
+        _prefill_kernel, cut.items * heads * blocks,
+        tuple(
+            _descriptor(x, tiles.tokens, width, cut.packed) for x, width in ((q, block_d), (k, block_d), (v, block_c))
+        ),
+        (output, _or(log_decay, output), pools[0], pools[-1], rows, cu_seqlens, _or(flags, output)),
+        (tokens, heads, cut.sequences, cut.segment, cut.lead, cut.per_sequence, cut.items),
+        (pools[0].stride(0), output.stride(0), D, E),
+        (len(pools), decay, cut.packed, cut.split, precision, tiles.tokens, block_d, block_c),
+        tiles,
+    )  # fmt: skip
