@@ -10,7 +10,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from benchmarks.language_modelling import ablations, corpus, evaluation, length, plots, quality, recall, runs, worker
+from benchmarks.language_modelling import (
+    ablations,
+    corpus,
+    evaluation,
+    everything,
+    length,
+    plots,
+    quality,
+    recall,
+    runs,
+    worker,
+)
 from benchmarks.language_modelling.models import SIZES, configuration, count_parameters, overrides_of
 from tnl.training.tokenizer import byte_tokenizer, train_bpe
 
@@ -99,6 +110,38 @@ def test_runs_are_named_once_and_of_their_size(experiment: str) -> None:
         base = count_parameters(*overrides_of("tnl", run.size, {}))
         assert abs(count_parameters(name, overrides) / base - 1) < 0.01, run.name
         assert run.step_tokens % run.context == 0
+
+
+def test_runs_of_all_experiments_share_the_slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[str, str]] = []
+
+    class Process:
+        returncode = 1
+
+        def poll(self) -> int:
+            return self.returncode
+
+    def start(command: list[str], env: dict[str, str], **_: object) -> Process:
+        started.append((Path(command[-1]).name, env["CUDA_VISIBLE_DEVICES"]))
+        return Process()
+
+    monkeypatch.setattr(runs.subprocess, "Popen", start)
+    monkeypatch.setattr(runs, "write_corpus", lambda *_: None)
+    monkeypatch.setattr(runs, "POLL_SECONDS", 0.0)
+    parser = argparse.ArgumentParser()
+    everything.add_arguments(parser)
+    names = ["quality/tnl", "length/tnl-512", "quality/llama", "ablations/norm-rms", "quality/tnl-python"]
+    folders = ["--output", str(tmp_path / "o"), "--work", str(tmp_path / "w")]
+    options = parser.parse_args([*names, "--gpus", "3,5", "--slots", "4", "--seconds", "1000", *folders])
+    everything.run(options)
+    # A large run leaves one of four slots of its GPU to a small one.
+    assert started == [
+        ("tnl", "3"), ("tnl-512", "3"), ("llama", "5"), ("norm-rms", "5"), ("tnl-python", "3"),
+    ]  # fmt: skip
+    request = runs.read_json(tmp_path / "w" / "quality" / "tnl" / "run.json")
+    assert request["side_by_side"] == 2
+    with pytest.raises(SystemExit):
+        everything.run(parser.parse_args(["tnl", *folders]))
 
 
 def test_queries_of_recall() -> None:

@@ -7,7 +7,7 @@ import argparse
 import importlib
 import sys
 
-EXPERIMENTS = ("quality", "ablations", "length", "recall", "speed", "generation")
+EXPERIMENTS = ("quality", "ablations", "length", "everything", "recall", "speed", "generation")
 
 
 def main() -> None:

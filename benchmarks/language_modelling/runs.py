@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,8 @@ RESULT_FOLDER = RESULTS / "language_modelling"
 TINY: dict[str, Any] = {"size": "tiny", "context": 64, "step_tokens": 256, "steps": 6, "contexts": (32, 64)}
 TINY_BYTES = 6000
 POLL_SECONDS = 1.0
-SLOWER = 0.5  # by this share, for each run more on the same GPU
+SLOWER = 0.5  # by this share, for each slot more that a GPU has
+SLOTS = {"45m": 3}  # that a run of this size takes on a GPU; one for all others
 GRACE_SECONDS = 20  # before the end, in which a stopped run may write its checkpoint
 
 
@@ -72,12 +72,18 @@ class Run:
     curve_points: int = 12
     seconds: int = 240
 
+    @property
+    def slots(self) -> int:
+        """Slots of a GPU that it takes where several runs share one."""
+        return SLOTS.get(self.size, 1)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that all experiments with training runs have."""
     parser.add_argument("runs", nargs="*", metavar="RUN", help="runs to make; all where none is named")
     parser.add_argument("--gpus", default="", help="GPUs to use, such as 0,1,2; all by default")
-    parser.add_argument("--slots", type=int, default=1, help="runs at a time on each GPU; they slow each other down")
+    parser.add_argument("--slots", type=int, default=1,
+                        help="runs at a time on each GPU, a large one counted as 3; they slow each other")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=0, help="stop after this time; 0: when all is done")
     parser.add_argument("--output", type=Path, default=RESULT_FOLDER, help="folder for the tables")
     parser.add_argument("--work", type=Path, default=REPOSITORY / "runs" / "language_modelling",
@@ -88,38 +94,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(experiment: str, runs: list[Run], options: argparse.Namespace) -> None:
-    """Make the runs that have no row yet, the first ones first."""
-    runs = choose(runs, options)
+    """Make the runs of an experiment that have no row yet, the first ones first."""
+    chosen = choose({run.name: run for run in runs}, options)
     if options.list:
-        show(runs)
+        show(chosen)
         return
     options.output.mkdir(parents=True, exist_ok=True)
     tables = Tables(experiment, options.output, options.work)
-    finished = tables.finished()
-    waiting = [run for run in runs if run.name not in finished]
+    make([(tables, run) for run in chosen.values()], options)
+
+
+def make(plan: list[tuple["Tables", Run]], options: argparse.Namespace) -> None:
+    """Make the runs that have no row yet, of one experiment or several, and say which are missing at the end."""
+    finished = {tables: tables.finished() for tables, _ in plan}
+    waiting = [(tables, run) for tables, run in plan if run.name not in finished[tables]]
     if waiting:
-        Queue(waiting, options, tables).work()
-    missing = [run.name for run in runs if run.name not in tables.finished()]
-    CONSOLE.print(f"{len(runs) - len(missing)} of {len(runs)} runs are in {options.output}", highlight=False)
+        Queue(waiting, options).work()
+    finished = {tables: tables.finished() for tables, _ in plan}
+    missing = [run.name for tables, run in plan if run.name not in finished[tables]]
+    CONSOLE.print(f"{len(plan) - len(missing)} of {len(plan)} runs are in {options.output}", highlight=False)
     if missing:
         CONSOLE.print(f"not made: {' '.join(missing)}", highlight=False, soft_wrap=True)
 
 
-def choose(runs: list[Run], options: argparse.Namespace) -> list[Run]:
-    """The runs that were named, of a size to try out with `--tiny`.
+def choose(known: dict[str, Run], options: argparse.Namespace) -> dict[str, Run]:
+    """The runs that were named, in that order, of a size to try out with `--tiny`.
 
     Raises:
         SystemExit: An unknown name.
     """
-    known = {run.name: run for run in runs}
     unknown = [name for name in options.runs if name not in known]
     if unknown:
         CONSOLE.print(f"unknown run {', '.join(unknown)}; expected some of {', '.join(known)}", highlight=False)
         sys.exit(2)
-    chosen = [known[name] for name in options.runs] or runs
-    if not options.tiny:
-        return chosen
-    return [dataclasses.replace(run, **TINY, changes=_shrink(run.changes), curve_points=2) for run in chosen]
+    chosen = {name: known[name] for name in options.runs or known}
+    if options.tiny:
+        return {name: dataclasses.replace(run, **_tiny(run)) for name, run in chosen.items()}
+    return chosen
+
+
+def _tiny(run: Run) -> dict[str, Any]:
+    return TINY | {"changes": _shrink(run.changes), "curve_points": 2}
 
 
 def _shrink(changes: dict[str, Any]) -> dict[str, Any]:
@@ -130,13 +145,14 @@ def _shrink(changes: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def show(runs: Iterable[Run]) -> None:
+def show(runs: dict[str, Run]) -> None:
     """Print what would be run."""
-    table = Table("run", "model", "size", "changes", "corpus", "tokenizer", "context", "steps", "seconds")
-    for run in runs:
-        changes = " ".join(f"{name}={value}" for name, value in (run.changes | run.optimizer).items())
-        values = (run.name, run.model, run.size, changes, run.corpus, run.tokenizer, run.context, run.steps)
-        table.add_row(*map(str, values), str(run.seconds))
+    table = Table("run", "model", "size", "corpus", "tokenizer", "context", "steps", "changes", "seconds")
+    table.columns[0].no_wrap = True
+    for name, run in runs.items():
+        changes = " ".join(f"{field}={value}" for field, value in (run.changes | run.optimizer).items())
+        values = (run.model, run.size, run.corpus, run.tokenizer, run.context, run.steps, changes, run.seconds)
+        table.add_row(name, *map(str, values))
     Console().print(table)
 
 
@@ -181,13 +197,14 @@ class Tables:
 class Queue:
     """Runs that wait for a place on a GPU, and those that have one."""
 
-    def __init__(self, waiting: list[Run], options: argparse.Namespace, tables: Tables) -> None:
-        self.waiting, self.options, self.tables = list(waiting), options, tables
+    def __init__(self, waiting: list[tuple[Tables, Run]], options: argparse.Namespace) -> None:
+        self.waiting, self.options = list(waiting), options
+        self.tables = list(dict.fromkeys(tables for tables, _ in waiting))
         gpus = [gpu for gpu in options.gpus.split(",") if gpu]
         if not gpus and torch.cuda.is_available():
             gpus = [str(i) for i in range(torch.cuda.device_count())]
-        self.places = [gpu for _ in range(options.slots) for gpu in gpus or [""]]
-        self.running: dict[str, tuple[str, subprocess.Popen[bytes]]] = {}  # by run
+        self.free = dict.fromkeys(gpus or [""], options.slots)
+        self.running: list[Running] = []
         self.deadline = time.monotonic() + options.seconds if options.seconds else float("inf")
 
     def work(self) -> None:
@@ -199,27 +216,36 @@ class Queue:
                     break  # nothing fits into the time left
                 time.sleep(POLL_SECONDS)
                 self._see_what_ended()
-                self.tables.collect()
+                self._collect()
         finally:
             self._stop()
-            self.tables.collect()
+            self._collect()
+
+    def _collect(self) -> None:
+        for tables in self.tables:
+            tables.collect()
 
     def _start_what_fits(self) -> None:
-        slower = 1 + SLOWER * (self.options.slots - 1)
-        for place in self.places:
-            taken = [gpu for gpu, _ in self.running.values()].count(place)
-            left = self.deadline - time.monotonic() - GRACE_SECONDS
-            fitting = next((run for run in self.waiting if self.options.tiny or slower * run.seconds <= left), None)
-            if taken < self.options.slots and fitting is not None:
+        for gpu in self.free:
+            while self.free[gpu] and (
+                fitting := next(filter(lambda each: self._fits(each[1], gpu), self.waiting), None)
+            ):
                 self.waiting.remove(fitting)
-                self.running[fitting.name] = (place, self._start(fitting, place))
+                self._start(*fitting, gpu)
 
-    def _start(self, run: Run, gpu: str) -> subprocess.Popen[bytes]:
-        folder = self.tables.work / run.name
+    def _fits(self, run: Run, gpu: str) -> bool:
+        slots = min(run.slots, self.options.slots)
+        left = self.deadline - time.monotonic() - GRACE_SECONDS
+        expected = run.seconds * (1 + SLOWER * (self.options.slots - slots))
+        return slots <= self.free[gpu] and (self.options.tiny or expected <= left)
+
+    def _start(self, tables: Tables, run: Run, gpu: str) -> None:
+        folder = tables.work / run.name
         folder.mkdir(parents=True, exist_ok=True)
         most = TINY_BYTES if self.options.tiny else None
         write_corpus(run.corpus, self.options.work, run.tokenizer == "bpe", most)
-        about = {"work": str(self.options.work.resolve()), "most": most, "side_by_side": self.options.slots}
+        slots = min(run.slots, self.options.slots)
+        about = {"work": str(self.options.work.resolve()), "most": most, "side_by_side": 1 + self.options.slots - slots}
         request = dataclasses.asdict(run) | about
         (folder / "run.json").write_text(json.dumps(request, indent=1) + "\n")
         CONSOLE.print(f"{time.strftime('%H:%M:%S')} {run.name} starts on {gpu or 'the CPU'}", highlight=False)
@@ -228,34 +254,46 @@ class Queue:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         command = [sys.executable, "-m", "benchmarks.language_modelling.worker", str(folder)]
         with (folder / "log.txt").open("ab") as log:
-            return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
+            process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log)
+        self.free[gpu] -= slots
+        self.running.append(Running(run.name, folder, gpu, slots, process))
 
     def _see_what_ended(self) -> None:
-        for name, (_, process) in list(self.running.items()):
-            code = process.poll()
-            if code is None:
-                continue
-            del self.running[name]
-            folder = self.tables.work / name
-            result = read_json(folder / "result.json")
+        for each in [each for each in self.running if each.process.poll() is not None]:
+            self.running.remove(each)
+            self.free[each.gpu] += each.slots
+            result = read_json(each.folder / "result.json")
             if result is None:
-                log = (folder / "log.txt").read_text(errors="replace").splitlines()
+                log = (each.folder / "log.txt").read_text(errors="replace").splitlines()
                 last = " | ".join(log[-3:])[-600:]
-                CONSOLE.print(f"{name} ended with code {code}: {last}", highlight=False, markup=False)
+                CONSOLE.print(
+                    f"{each.name} ended with code {each.process.returncode}: {last}", highlight=False, markup=False
+                )
                 continue
             row = result["row"]
             scores = " ".join(f"{key} {value:.4f}" for key, value in row.items() if key.startswith("validation_"))
-            CONSOLE.print(f"{time.strftime('%H:%M:%S')} {name} {scores}", highlight=False)
+            CONSOLE.print(f"{time.strftime('%H:%M:%S')} {each.name} {scores}", highlight=False)
 
     def _stop(self) -> None:
-        for _, process in self.running.values():
-            process.send_signal(signal.SIGTERM)  # the step ends, a checkpoint is written
+        for each in self.running:
+            each.process.send_signal(signal.SIGTERM)  # the step ends, a checkpoint is written
         end = time.monotonic() + GRACE_SECONDS
-        for _, process in self.running.values():
+        for each in self.running:
             try:
-                process.wait(max(0.0, end - time.monotonic()))
+                each.process.wait(max(0.0, end - time.monotonic()))
             except subprocess.TimeoutExpired:
-                process.kill()
+                each.process.kill()
+
+
+@dataclass
+class Running:
+    """A run's process, and the slots of a GPU that it has."""
+
+    name: str
+    folder: Path
+    gpu: str
+    slots: int
+    process: subprocess.Popen[bytes]
 
 
 def read_json(path: Path) -> Any:
