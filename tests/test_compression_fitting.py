@@ -34,7 +34,7 @@ def test_refining_reaches_the_best_truncation() -> None:
     network, _ = truncated(spectrum, 3, metric)
     generator = torch.Generator().manual_seed(1)
     start = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in network.structure.core_shapes]
-    cores, error = refine(matrix, metric, network, start, 300)
+    cores, error = refine(matrix, metric, network, start, 300, 0.01)
     assert error == pytest.approx(float(spectrum.errors()[3]), rel=1e-3)
     assert float(network_error(matrix, metric, network, cores)) == pytest.approx(error)
 
@@ -46,10 +46,10 @@ def test_refining_finds_a_network_again_and_is_never_worse() -> None:
     matrix = contract_to_matrix(GRAPH, planted)
     near = [core + 0.1 * torch.randn(core.shape, generator=generator, dtype=torch.float64) for core in planted]
     before = float(network_error(matrix, metric, GRAPH, near))
-    errors = [refine(matrix, metric, GRAPH, near, iterations)[1] for iterations in (1, 10, 300)]
+    errors = [refine(matrix, metric, GRAPH, near, iterations, 0.01)[1] for iterations in (1, 10, 300)]
     assert before >= errors[0] >= errors[1] >= errors[2]
     assert errors[2] < 1e-4 * metric.error(matrix)
-    assert refine(matrix, metric, GRAPH, planted, 5)[1] < 1e-20 * metric.error(matrix)
+    assert refine(matrix, metric, GRAPH, planted, 5, 0.01)[1] < 1e-20 * metric.error(matrix)
 
 
 def test_balancing_leaves_the_network() -> None:

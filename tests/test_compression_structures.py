@@ -84,7 +84,7 @@ def test_many_bonds_at_a_vertex_start_at_random(tmp_path: Path, monkeypatch: pyt
     def refuse(*arguments: object) -> None:
         raise AssertionError("alternating least squares")
 
-    monkeypatch.setattr(structures, "MOST_UNKNOWNS", 5)
+    monkeypatch.setattr(structures, "MOST_UNKNOWNS", {"cpu": 5})
     monkeypatch.setattr(structures, "fitted_cores", refuse)
     matrix = matrix_of(GRAPH)
     fits = structures.Fits(tmp_path, "identity", SETTINGS)

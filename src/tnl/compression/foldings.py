@@ -139,14 +139,7 @@ class WhitenedTensor:
 
     def undo(self, cores: Sequence[Tensor], network: MatrixNetwork) -> list[Tensor]:
         """Cores of the whitened tensor -> cores of the matrix."""
-        result = []
-        for vertex, (core, shape) in enumerate(zip(cores, network.factor_shapes(), strict=True)):
-            whole = core.reshape(shape)
-            held = network.modes[vertex] if vertex < len(network.modes) else ()
-            for place, factor in enumerate(held):
-                whole = _along(whole, whole.ndim - len(held) + place, self.sides[factor], undo=True)
-            result.append(whole.reshape(core.shape))
-        return result
+        return through_sides(cores, network, self.sides, undo=True)
 
     def bound(self, space: tnss.Ring | tnss.Complete, parameters: int) -> float:
         """No network of the space with so many parameters has a squared relative error below this."""
@@ -157,11 +150,22 @@ class WhitenedTensor:
 
     def truncated_error(self, rank: int) -> float:
         """Squared relative error of the best matrix of this rank in the metric of this tensor."""
-        energies = torch.linalg.svdvals(
-            self.folding.network(tnss.Structure(self.folding.sizes, [])).unfold(self.tensor)
-        )
-        energies = energies.square()
+        matrix = self.folding.network(tnss.Structure(self.folding.sizes, [])).unfold(self.tensor)
+        gram = matrix @ matrix.T if matrix.shape[0] < matrix.shape[1] else matrix.T @ matrix
+        energies = torch.linalg.eigvalsh(gram).clamp_min(0.0).flip(0)
         return float(energies[rank:].sum() / energies.sum())
+
+
+def through_sides(cores: Sequence[Tensor], network: MatrixNetwork, sides: Sequence[Side], undo: bool) -> list[Tensor]:
+    """Cores of a matrix -> cores of the whitened matrix, each factor of a side with its own whitening; or back."""
+    result = []
+    for vertex, (core, shape) in enumerate(zip(cores, network.factor_shapes(), strict=True)):
+        whole = core.reshape(shape)
+        held = network.modes[vertex] if vertex < len(network.modes) else ()
+        for place, factor in enumerate(held):
+            whole = _along(whole, whole.ndim - len(held) + place, sides[factor], undo)
+        result.append(whole.reshape(core.shape).contiguous())
+    return result
 
 
 def _along(tensor: Tensor, axis: int, side: Side, undo: bool) -> Tensor:

@@ -28,8 +28,10 @@ from tnss.executor import Executor
 SCALES = (0.7, 1.4)  # of the ranks of a structure that was found, beside 1
 COMPLETE_ORDER = 4  # up to this order any graph is searched, above it rings
 LARGEST_RANK = 128
-SEARCHED_RANK = 64  # budgets at which a decomposition has a larger rank are searched at this one, and scaled up
-MOST_UNKNOWNS = 1600  # of one row of a core; alternating least squares solves for them together
+# Budgets at which a decomposition has a larger rank are searched at this one, and scaled up.
+SEARCHED_RANK = {"cpu": 64, "cuda": 256}
+# Of one row of a core, which alternating least squares solves for together.
+MOST_UNKNOWNS = {"cpu": 1600, "cuda": 6000}
 REFINED = 2  # structures of a search that are fitted in the true metric
 WORTH_FITTING = 1.1  # times the error of a decomposition of the same size
 KEPT = 1  # structures of a kind that are fitted to all of its matrices
@@ -83,7 +85,7 @@ class Fits:
         self, matrix: Matrix, network: MatrixNetwork, start: list[Tensor] | None = None, to_the_end: bool = False
     ) -> Option:
         """The network fitted to the matrix in its metric, from given cores or from those `tnss` finds."""
-        random = start is None and unknowns(network) > MOST_UNKNOWNS
+        random = start is None and unknowns(network) > MOST_UNKNOWNS[matrix.weight.device.type]
         iterations = self.settings.iterations if to_the_end or random else -(-self.settings.iterations // 4)
         key = digest([self.identity, matrix.name, network.to_dict(), start is not None, iterations])
         path = self.folder / f"fit-{key}.safetensors"
@@ -96,7 +98,7 @@ class Fits:
             if start is None:
                 start = random_cores(matrix, network) if random else fitted_cores(matrix, network, self.settings)
             start = [core.to(device) for core in start]
-            cores, error = refine(matrix.weight, matrix.metric, network, start, iterations)
+            cores, error = refine(matrix.weight, matrix.metric, network, start, iterations, self.settings.damping)
             partial = path.with_suffix(".partial")
             tensors = {f"core.{vertex}": core.cpu().contiguous() for vertex, core in enumerate(cores)}
             save_file(tensors, partial, metadata={"error": repr(error)})
@@ -205,7 +207,7 @@ def _search(
     """
     settings, device = fits.settings, matrix.weight.device
     rank = budget / sum(matrix.shape)
-    searched = int(budget * min(1.0, SEARCHED_RANK / rank) ** 2)
+    searched = int(budget * min(1.0, SEARCHED_RANK[device.type] / rank) ** 2)
     result = tnss.search(
         whitened.tensor,
         space,
