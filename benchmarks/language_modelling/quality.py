@@ -44,6 +44,7 @@ RUNS = [
     overfit("dropout-0.1", "tnl", changes=DROPOUT),
     overfit("dropout-0.1-rate-1e-3", "tnl", changes=DROPOUT, optimizer=LOW_RATE),
     overfit("decay-1", "llama", optimizer=STRONG_DECAY),
+    overfit("decay-1", "tnl", optimizer=STRONG_DECAY),
     overfit("dropout-0.1-decay-1", "tnl", changes=DROPOUT, optimizer=STRONG_DECAY),
     overfit("dropout-0.1", "llama", changes={"attention_dropout": 0.1}),
     overfit("dropout-0.05", "tnl", changes={"dropout": 0.05}),
