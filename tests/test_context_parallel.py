@@ -1,6 +1,8 @@
 """One sequence over several processes equals the same sequence on one. Tier T2; the kernel T1; marked gpu T3."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -34,14 +36,23 @@ def whole(case: Case, inputs: dict[str, Any], with_states: bool) -> dict[str, Te
     return _call(case, inputs, with_states, lightning_attention)
 
 
-def _call(case: Case, inputs: dict[str, Any], with_states: bool, operator: Any, backend: str = "torch") -> Any:
+def _call(
+    case: Case, inputs: dict[str, Any], with_states: bool, operator: Any, backend: str = "torch", fixed: bool = False
+) -> dict[str, Tensor]:
+    """``fixed``: without the gradient of the decay."""
     leaves = {n: inputs[n].detach().clone().requires_grad_() for n in ("q", "k", "v")}
-    if inputs["log_decay"] is not None:
+    others = {"log_decay": inputs["log_decay"]} if fixed or inputs["log_decay"] is None else {}
+    if not others:
         leaves["log_decay"] = inputs["log_decay"].detach().clone().requires_grad_()
     if with_states:
         leaves["initial_state"] = inputs["initial_state"].detach().clone().requires_grad_()
     o, final = operator(
-        **leaves, scale=case.scale, return_final_state=with_states, cu_seqlens=inputs["cu_seqlens"], backend=backend
+        **leaves,
+        **others,
+        scale=case.scale,
+        return_final_state=with_states,
+        cu_seqlens=inputs["cu_seqlens"],
+        backend=backend,
     )
     outputs, pulled = [o], [inputs["do"]]
     if with_states:
@@ -51,7 +62,15 @@ def _call(case: Case, inputs: dict[str, Any], with_states: bool, operator: Any, 
     return result | ({"final_state": final.detach()} if with_states else {})
 
 
-def compare(case: Case, with_states: bool, cuts: list[int], dtype: torch.dtype, backend: str, bound: float) -> None:
+def compare(
+    case: Case,
+    with_states: bool,
+    cuts: list[int],
+    dtype: torch.dtype,
+    backend: str,
+    bound: float,
+    fixed: bool = False,
+) -> None:
     """This rank's part of ``case``, cut at ``cuts``, against the whole."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     inputs = case.inputs(dtype)
@@ -60,7 +79,9 @@ def compare(case: Case, with_states: bool, cuts: list[int], dtype: torch.dtype, 
     per_token = [n for n in inputs if n in ("q", "k", "v", "do") or (n == "log_decay" and case.decay == "token")]
     part = inputs | {n: inputs[n][:, some] for n in per_token}
     part["dfinal_state"] = inputs["dfinal_state"] * (rank + 1) / sum(range(1, ranks + 1))  # all ranks' add up
-    actual = _call(case, part, with_states, lightning_attention_context_parallel, backend)
+    actual = _call(case, part, with_states, lightning_attention_context_parallel, backend, fixed)
+    if fixed:
+        reference.pop("dlog_decay", None)
     for name, expected in reference.items():
         value = actual[name]
         if name.removeprefix("d") in per_token or name == "o":
@@ -87,10 +108,23 @@ def even(tokens: int) -> list[int]:
     return [tokens * r // ranks for r in range(ranks + 1)]
 
 
+@contextlib.contextmanager
+def segments(count: int) -> Iterator[None]:
+    """Cuts each rank's part into so many segments."""
+    choose = context_parallel._choose_segments
+    context_parallel._choose_segments = lambda *_: count
+    try:
+        yield
+    finally:
+        context_parallel._choose_segments = choose
+
+
 def compare_all(with_states: bool) -> None:
     for decay in DECAYS:
         for cuts in (even(24), [*[0, 1, 2, 3, 24][: dist.get_world_size()], 24]):
             compare(replace(PLAIN, decay=decay), with_states, cuts, torch.float64, "torch", 1e-12)
+        with segments(3):
+            compare(replace(PLAIN, decay=decay), with_states, even(24), torch.float64, "torch", 1e-12)
         for bounds in PACKINGS.values():
             case = replace(PLAIN, B=1, T=48, decay=decay, bounds=bounds)
             compare(case, with_states, even(48), torch.float64, "torch", 1e-12)
@@ -105,7 +139,10 @@ def test_ranks_equal_one_process(ranks: int, with_states: bool) -> None:
 def compare_kernels() -> None:
     for decay in DECAYS:
         case = Case(B=1, T=40, Hq=2, H=1, D=20, E=12, decay=decay, bounds=(0, 10, 30, 40))
-        compare(case, True, even(40), torch.float32, "triton", 1e-5)
+        for fixed in (False, True):  # with a gradient of the decay one launch computes all gradients
+            compare(case, True, even(40), torch.float32, "triton", 1e-5, fixed)
+        with segments(2):
+            compare(replace(case, B=2, bounds=None), True, even(40), torch.float32, "triton", 1e-5, fixed=True)
 
 
 @interpreted
@@ -119,11 +156,11 @@ def test_kernels_between_ranks() -> None:
 def test_kernel_that_sums_up_a_state(
     decay: str, before: bool, monkeypatch: pytest.MonkeyPatch, nan_filled_memory: None
 ) -> None:
-    """Several segments, the last one shorter, some beyond the reach of a strong decay; grouped heads; odd widths."""
+    """Several parts, the last one shorter, some beyond the reach of a strong decay; grouped heads; odd widths."""
     from tnl.ops import context_parallel_triton
 
-    monkeypatch.setattr(context_parallel_triton, "SHORTEST_SEGMENT", 32)
-    monkeypatch.setattr(context_parallel_triton, "PROGRAMS", 8)  # four segments on the one processor
+    monkeypatch.setattr(context_parallel_triton, "SHORTEST_PART", 32)
+    monkeypatch.setattr(context_parallel_triton, "PROGRAMS", 8)  # four parts on the one processor
     inputs = Case(B=1, T=150, Hq=2, H=1, D=20, E=36, decay=decay).inputs(torch.float32)
     log_decay = inputs["log_decay"]
     if decay != "none":
@@ -131,9 +168,9 @@ def test_kernel_that_sums_up_a_state(
     weight, total = _log_weights(log_decay, slice(0, 150), before, inputs["q"])
     assert total.shape == (1, 2)
     for y, z in (("k", "v"), ("q", "do")):
-        expected = _sum_up(inputs[y].double(), inputs[z].double(), weight.double(), before, 2, "torch")
-        assert relative_error(_sum_up(inputs[y], inputs[z], weight, before, 2, "triton"), expected) < 1e-6
-        assert relative_error(_sum_up(inputs[y], inputs[z], weight, before, 2, "torch"), expected) < 1e-6
+        expected = _sum_up(inputs[y].double(), inputs[z].double(), weight.double(), before, 2, "torch").sum(0)
+        for backend in ("triton", "torch"):
+            assert relative_error(_sum_up(inputs[y], inputs[z], weight, before, 2, backend).sum(0), expected) < 1e-6
 
 
 def strong_decay() -> None:
@@ -239,10 +276,10 @@ def test_kernel_that_sums_up_a_state_on_a_gpu(decay: str, dtype: torch.dtype) ->
     for before in (False, True):
         weight, _ = _log_weights(inputs["log_decay"], slice(0, case.T), before, inputs["q"])
         arguments = (weight.double(), before, case.Hq, "torch")
-        expected = _sum_up(inputs["k"].double(), inputs["v"].double(), *arguments)
-        actual = _sum_up(inputs["k"], inputs["v"], weight, before, case.Hq, "triton")
+        expected = _sum_up(inputs["k"].double(), inputs["v"].double(), *arguments).sum(0)
+        actual = _sum_up(inputs["k"], inputs["v"], weight, before, case.Hq, "triton").sum(0)
         assert relative_error(actual, expected) < 2 * torch.finfo(dtype).eps + 1e-6
-        again = _sum_up(inputs["k"], inputs["v"], weight, before, case.Hq, "triton")
+        again = _sum_up(inputs["k"], inputs["v"], weight, before, case.Hq, "triton").sum(0)
         assert torch.equal(actual, again)
 
 

@@ -1,7 +1,8 @@
 """Lightning attention of one sequence that lies over several processes, a part of its tokens on each.
 
 Dimensions: B batch, T tokens on this rank, H key/value heads, Hq query heads, D key width, E value width, R ranks,
-N sequences (N = B, or the number of packed sequences when B = 1).
+N sequences (N = B, or the number of packed sequences when B = 1), S segments of a rank's part; K rows and M columns of
+a state, which are D and E.
 
 What a rank's tokens need of all tokens before them is one state. Each rank sums up the state ``P_r`` that its own
 tokens leave and their total log decay ``G_r``, one all-gather passes both round, and the state that enters rank r is
@@ -12,10 +13,14 @@ From there on the rank computes its part as if it were alone. Gradients go the o
 the gradients of the states. A rank sends ``B Hq (D E + 1)`` numbers, and ``B Hq D E`` back, whatever T. Without decay
 this is LASP-2 (arXiv 2502.07563).
 
-Two orders are possible. Computing the part from an empty state while the states travel, then adding what the entering
-state contributes, reads q and rewrites o, which rounds it twice. Summing up the state first reads only k and v and
-leaves one pass from the right state; that is done here. Where decay makes a token's weight zero at the end of the part,
-the kernel does not read it.
+Summing up reads keys and values once more (where decay makes a token's weight zero at the end, not even those), but it
+is not lost: where heads are too few to fill a GPU, the part is cut into segments, each is summed up for itself, and all
+are computed at once, each from the state that enters it.
+
+Backwards, the gradient of the queries, a third of the work, needs only states of the forward pass: it is computed while
+the gradients of states travel. Forwards there is nothing of the kind. The part could be computed from an empty state
+meanwhile, but adding what the entering state contributes reads q and rewrites o, which rounds it twice and takes longer
+than the exchange.
 """
 
 import bisect
@@ -110,7 +115,8 @@ def lightning_attention_context_parallel(
         _check_state("initial_state", initial_state, (sequences, q.shape[2], q.shape[3], v.shape[3]), q)
     name = resolve_backend(backend, q)
     part = _locate(cu_seqlens, q, rank, ranks)
-    options = _Options(scale, return_final_state, name, group, sequences)
+    segments = _choose_segments(q, v, cu_seqlens, name)
+    options = _Options(scale, return_final_state, name, group, sequences, segments)
     o, final_state = _ContextParallel.apply(q, k, v, log_decay, initial_state, part, options)
     return o, final_state if return_final_state else None
 
@@ -231,27 +237,23 @@ def _log_weights(log_decay: Tensor | None, tokens: slice, before: bool, like: Te
     decay = log_decay[:, tokens].mT.to(dtype).contiguous()  # running sums are slow where tokens lie apart
     if before:
         total = decay.cumsum(-1)
-        return total.mT, total[..., -1]
+        return total.mT, total[..., -1].contiguous()
     total = decay.flip(-1).cumsum(-1).flip(-1)
-    return (total - decay).mT, total[..., 0]
+    return (total - decay).mT, total[..., 0].contiguous()
 
 
-def _sum_up(
-    y: Tensor, z: Tensor, log_weight: Tensor, before: bool, heads: int, backend: str, out: Tensor | None = None
-) -> Tensor:
-    """``sum over tokens of exp(log weight) y_t z_t^T`` ``[B, Hq, K, M]``, in float32 or wider.
+def _sum_up(y: Tensor, z: Tensor, log_weight: Tensor, before: bool, heads: int, backend: str) -> Tensor:
+    """``sum over tokens of exp(log weight) y_t z_t^T`` in float32 or wider, in parts to be added: ``[., B, Hq, K, M]``.
 
     ``y [B, T, *, K]`` and ``z [B, T, *, M]`` with Hq heads or a divisor of it; ``log_weight`` as `_log_weights` gave
     it, ``before`` as well.
     """
-    batch, tokens = y.shape[:2]
-    if out is None:
-        out = torch.empty(batch, heads, y.shape[-1], z.shape[-1], dtype=log_weight.dtype, device=y.device)
     if backend == "triton":
         from tnl.ops import context_parallel_triton
 
-        return call_on_device(context_parallel_triton.sum_up, y, z, log_weight, before, out)
-    out.zero_()
+        return call_on_device(context_parallel_triton.sum_up, y, z, log_weight, before, heads)
+    batch, tokens = y.shape[:2]
+    out = torch.zeros(1, batch, heads, y.shape[-1], z.shape[-1], dtype=log_weight.dtype, device=y.device)
     for begin in range(0, tokens, CHUNK):
         some = slice(begin, min(begin + CHUNK, tokens))
         if log_weight.dim() == 1:
@@ -262,52 +264,169 @@ def _sum_up(
             weight = log_weight[:, some].exp()
         yc, zc = (x[:, some].to(out.dtype) for x in (y, z))
         yc, zc = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (yc, zc))
-        out += torch.einsum("bthk,bthm->bhkm", yc * weight[..., None], zc)
+        out[0] += torch.einsum("bthk,bthm->bhkm", yc * weight[..., None], zc)
     return out
+
+
+def _choose_segments(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, backend: str) -> int:
+    """Into how many segments, all of one length, a rank's part is cut."""
+    if backend != "triton" or cu_seqlens is not None:
+        return 1
+    from tnl.ops import context_parallel_triton
+
+    return context_parallel_triton.choose_segments(q, v)
+
+
+def _cut(x: Tensor, segments: int) -> Tensor:
+    """``[B, T, ...]`` as ``[B S, T / S, ...]``: segments side by side, as sequences of their own."""
+    return x if segments == 1 else x.unflatten(1, (segments, -1)).flatten(0, 1)
+
+
+def _join(x: Tensor, segments: int) -> Tensor:
+    """``[B S, T / S, ...]`` as ``[B, T, ...]``."""
+    return x if segments == 1 else x.unflatten(0, (-1, segments)).flatten(1, 2)
 
 
 # --- Exchange --------------------------------------------------------------------------------------------------
 
 
 class _Exchange:
-    """An all-gather of one state ``[B, Hq, D, E]`` and, forward, total log decay ``[B, Hq]`` a rank.
+    """An all-gather of one state ``[B, Hq, K, M]`` and, forward, total log decay ``[B, Hq]`` a rank.
 
     Few calls on the host: at a quarter of a million tokens they, not the bytes, decide what an exchange costs.
+
+    Attributes:
+        state: To be sent by this rank.
+        decay: To be sent as well; None backwards. A total of -inf says that nothing passes through this rank.
+        own: The state of each segment of this rank ``[B S, Hq, K, M]``, without what enters it.
+        passed: The total log decay of each segment ``[B S, Hq]``.
     """
 
-    def __init__(self, q: Tensor, E: int, group: dist.ProcessGroup, with_decay: bool) -> None:
-        batch, _, heads, D = q.shape
-        self._size, self._group = batch * heads * D * E, group
-        numbers = self._size + batch * heads * with_decay
-        self._sent = torch.empty(numbers, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
-        self.state = self._sent[: self._size].view(batch, heads, D, E)
-        self.decay = self._sent[self._size :].view(batch, heads if with_decay else 0)
+    own: Tensor
+    passed: Tensor
+
+    def __init__(self, batch: int, heads: int, y: Tensor, z: Tensor, before: bool, options: "_Options") -> None:
+        K, M = y.shape[-1], z.shape[-1]
+        self._size, self._options, self._before = batch * heads * K * M, options, before
+        numbers = self._size + (0 if before else batch * heads)
+        self._sent = torch.empty(numbers, dtype=torch.promote_types(y.dtype, torch.float32), device=y.device)
+        self.state = self._sent[: self._size].view(batch, heads, K, M)
+        self.decay = None if before else self._sent[self._size :].view(batch, heads)
+
+    def fill(self, parts: Tensor, passed: Tensor, begun: Tensor | None) -> None:
+        """From the sums of the segments, what leaves the last one; ``begun`` is the state that enters the first."""
+        options = self._options
+        self.passed = passed
+        arguments = (parts, passed, begun, options.scale if self._before else 1.0, self._before, self.state, self.decay)
+        if options.backend == "triton":
+            from tnl.ops import context_parallel_triton
+
+            self.own = call_on_device(context_parallel_triton.leave, *arguments)
+        else:
+            self.own = _leave(*arguments)
 
     def start(self) -> "_Exchange":
         """Send ``state`` and ``decay``, once they are filled, round."""
-        self._received = self._sent.new_empty(dist.get_world_size(self._group), len(self._sent))
-        self._work = _all_gather(self._received.view(-1), self._sent, group=self._group, async_op=True)
+        group = self._options.group
+        self._received = self._sent.new_empty(dist.get_world_size(group), len(self._sent))
+        self._work = _all_gather(self._received.view(-1), self._sent, group=group, async_op=True)
         return self
 
-    def wait(self) -> tuple[Tensor, Tensor]:
-        """States ``[R, B, Hq, D, E]`` and total log decays ``[R, B, Hq]`` of all ranks."""
+    def wait(self) -> None:
+        """Let this rank's device wait for the others."""
         self._work.wait()
-        states, decays = self._received[:, : self._size], self._received[:, self._size :]
-        return states.unflatten(1, self.state.shape), decays.unflatten(1, self.decay.shape)
+
+    def decays(self) -> Tensor:
+        """Forward, after :meth:`wait`: the total log decays of all ranks ``[R, B, Hq]``."""
+        assert self.decay is not None
+        return self._received[:, self._size :].unflatten(1, self.decay.shape).clone()
+
+    def enter(self, decays: Tensor, begun: Tensor | None, segments: int) -> Tensor:
+        """The states ``[B S, Hq, K, M]`` that enter this rank's segments.
+
+        The first one's is ``begun`` where given; else it is combined from all ranks before this one, backwards from all
+        behind it.
+        """
+        group = self._options.group
+        count, rank = dist.get_world_size(group), dist.get_rank(group)
+        ranks = range(count - 1, rank, -1) if self._before else range(rank)
+        states = self._received[:, : self._size].unflatten(1, self.state.shape)
+        own, passed = (None, None) if segments == 1 else (self.own, self.passed)
+        arguments = (states, decays, ranks, begun, own, passed, segments, self._before)
+        if self._options.backend == "triton":
+            from tnl.ops import context_parallel_triton
+
+            return call_on_device(context_parallel_triton.enter, *arguments)
+        return _enter(*arguments)
 
 
-def _combine(states: Tensor, decays: Tensor, rank: int, before: bool) -> Tensor:
-    """The state that enters rank ``rank`` from all before it; with ``before`` False what comes back from all behind.
+def _leave(
+    parts: Tensor,
+    passed: Tensor,
+    begun: Tensor | None,
+    scale: float,
+    before: bool,
+    state: Tensor,
+    decay: Tensor | None,
+) -> Tensor:
+    """Fill ``state [B, Hq, K, M]`` and ``decay [B, Hq]`` with what leaves the last segment.
 
-    A total of -inf marks a rank through which nothing passes.
+    Args:
+        parts: ``[., B S, Hq, K, M]``: their sum, times ``scale``, is each segment's own state, which is returned.
+        passed: ``[B S, Hq]``, its log decay.
+        begun: ``[B, Hq, K, M]``, what enters the first segment; None for nothing.
+        scale: Factor.
+        before: Segments are passed through from the last to the first.
+        state: Filled.
+        decay: Filled if not None.
     """
-    ranks = list(range(rank)) if before else list(range(len(states) - 1, rank, -1))
-    state = states[ranks[0]]
-    if len(ranks) > 1:
-        passed = decays.exp()[..., None, None]
-    for i in ranks[1:]:
-        state = torch.addcmul(states[i], passed[i], state)
-    return state
+    own = parts.sum(0) * scale
+    batch = len(state)
+    states, losses = own.unflatten(0, (batch, -1)), passed.unflatten(0, (batch, -1))
+    if decay is not None:
+        torch.sum(losses, 1, out=decay)
+    leaving = torch.zeros_like(state) if begun is None else begun
+    order = range(states.shape[1])
+    for j in reversed(order) if before else order:
+        leaving = torch.addcmul(states[:, j], losses[:, j, :, None, None].exp(), leaving)
+    state.copy_(leaving)
+    return own
+
+
+def _enter(
+    states: Tensor,
+    decays: Tensor,
+    ranks: range,
+    begun: Tensor | None,
+    own: Tensor | None,
+    passed: Tensor | None,
+    segments: int,
+    before: bool,
+) -> Tensor:
+    """The states that enter the segments ``[B S, Hq, K, M]``, the first one's being that of some ranks, or ``begun``.
+
+    Args:
+        states: ``[R, B, Hq, K, M]``, what left each rank.
+        decays: ``[R, B, Hq]``, its total log decay.
+        ranks: Those that come before the first segment, the furthest first.
+        begun: ``[B, Hq, K, M]``, what was there before them; None for nothing.
+        own: ``[B S, Hq, K, M]``; needed, as ``passed``, where there are several segments.
+        passed: ``[B S, Hq]``.
+        segments: S.
+        before: Segments are passed through from the last to the first.
+    """
+    state = torch.zeros_like(states[0]) if begun is None else begun
+    for i in ranks:
+        state = torch.addcmul(states[i], decays[i, :, :, None, None].exp(), state)
+    if own is None or passed is None:
+        return state
+    entering = torch.empty_like(own)
+    each, inner, losses = (x.unflatten(0, (-1, segments)) for x in (entering, own, passed))
+    order = range(segments)
+    for j in reversed(order) if before else order:
+        each[:, j] = state
+        state = torch.addcmul(inner[:, j], losses[:, j, :, None, None].exp(), state)
+    return entering
 
 
 # --- Forward and backward --------------------------------------------------------------------------------------
@@ -320,6 +439,7 @@ class _Options:
     backend: str
     group: dist.ProcessGroup
     sequences: int
+    segments: int
 
 
 class _ContextParallel(torch.autograd.Function):
@@ -336,75 +456,75 @@ class _ContextParallel(torch.autograd.Function):
         part: _Part,
         options: _Options,
     ) -> tuple[Tensor, Tensor]:
+        segments, need_decay = options.segments, ctx.needs_input_grad[3]
         shape = (q.shape[2], q.shape[3], v.shape[3])
-        exchange = _send_states(q, k, v, log_decay, initial_state, part, options)
-        local = None
-        if part.bounds is not None and (part.head or initial_state is not None):  # in the time of the exchange
-            local = _zeros(q, part.sequences, *shape)
-            if initial_state is not None:
-                local[part.begins] = initial_state[part.rows][part.begins]
-        states, decays = exchange.wait()
-        if part.head:
-            entering = _combine(states, decays, dist.get_rank(options.group), before=True)
-            if local is None:
-                local = entering
-            else:
-                local[part.enters] = entering
-        elif local is None and initial_state is not None:
-            local = initial_state
-        need_decay = ctx.needs_input_grad[3]
+        q, k, v = (_cut(x, segments) for x in (q, k, v))
+        if log_decay is not None and log_decay.dim() == 3:
+            log_decay = _cut(log_decay, segments)
+        begun = None if initial_state is None else initial_state[part.rows]
+        exchange = _send(k, v, log_decay, begun, q, part, options, before=False)
+        exchange.wait()
+        decays = exchange.decays()
+        local = _entering(exchange, decays, begun, part, options, before=False)
         o, final = registered.attention(
             q, k, v, log_decay, local, part.bounds, options.scale, options.return_final_state or need_decay,
             options.backend,
         )  # fmt: skip
         whole = _zeros(q, options.sequences if options.return_final_state else 0, *shape)
         if options.return_final_state:
-            whole[part.rows][part.ends] = final[part.ends]
+            assert final is not None
+            whole[part.rows][part.ends] = final[segments - 1 :: segments][part.ends]
             dist.all_reduce(whole, group=options.group)
         ctx.save_for_backward(q, k, v, log_decay, local, final if need_decay else None, decays)
         ctx.part, ctx.options, ctx.need_decay = part, options, need_decay
         ctx.has_initial_state = initial_state is not None
         ctx.set_materialize_grads(False)
-        return o, whole
+        return _join(o, segments), whole
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do: Tensor | None, dwhole: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, log_decay, local, final, decays = ctx.saved_tensors
-        part, options = ctx.part, ctx.options
+        part, options, segments = ctx.part, ctx.options, ctx.options.segments
         shape = (q.shape[2], q.shape[3], v.shape[3])
         if do is None:
             do = q.new_zeros(*q.shape[:-1], v.shape[-1])
-        elif do.stride(-1) != 1:
-            do = do.contiguous()
-        dfinal = None
+        else:
+            do = _cut(do if do.stride(-1) == 1 else do.contiguous(), segments)
+        ended = None
         if options.return_final_state:  # all ranks sum up, those that did not use the states too
             dwhole = _zeros(q, options.sequences, *shape) if dwhole is None else dwhole.contiguous().clone()
             dist.all_reduce(dwhole, group=options.group)
-            dfinal = dwhole[part.rows]
-        exchange = _send_gradients(do, q, log_decay, dfinal, part, options)
-        dlocal = None
-        if part.bounds is not None and (part.tail < part.tokens or dfinal is not None):  # in the time of the exchange
-            dlocal = _zeros(q, part.sequences, *shape)
-            if dfinal is not None:
-                dlocal[part.ends] = dfinal[part.ends]
-        dstates, _ = exchange.wait()
-        if part.tail < part.tokens:
-            returning = _combine(dstates, decays, dist.get_rank(options.group), before=False)
-            if dlocal is None:
-                dlocal = returning
-            else:
-                dlocal[part.leaves] = returning
-        elif dlocal is None:
-            dlocal = dfinal
-        dq, dk, dv, dlog_decay, dinitial = registered.attention_backward(
-            do, dlocal, q, k, v, log_decay, local, final, part.bounds, options.scale, ctx.need_decay, options.backend
-        )
+            ended = dwhole[part.rows]
+        exchange = _send(q, do, log_decay, ended, q, part, options, before=True)
+        ahead = options.backend == "triton" and not ctx.need_decay
+        if ahead:  # in the time of the exchange: dq = A>(do, v, k), from the states of the forward pass
+            dq, _ = registered.attention(
+                do, v, k, log_decay, local, part.bounds, options.scale, False, options.backend, True
+            )
+        exchange.wait()
+        dlocal = _entering(exchange, decays, ended, part, options, before=True)
+        arguments = (do, dlocal, q, k, v, log_decay, local)
+        if ahead:
+            from tnl.ops import lightning_triton
+
+            _, dk, dv, dinitial, _ = call_on_device(
+                lightning_triton.backward, *arguments, part.bounds, options.scale, False, False, False
+            )
+        else:
+            dq, dk, dv, dlog_decay, dinitial = registered.attention_backward(
+                *arguments, final, part.bounds, options.scale, ctx.need_decay, options.backend
+            )
         dinitial_state = None
         if ctx.has_initial_state:
+            assert dinitial is not None
             dinitial_state = _zeros(q, options.sequences, *shape)
-            dinitial_state[part.rows][part.begins] = dinitial[part.begins]
-        return dq, dk, dv, dlog_decay if ctx.need_decay else None, dinitial_state, None, None
+            dinitial_state[part.rows][part.begins] = dinitial[::segments][part.begins]
+        rate = None  # the gradient of the decay
+        if ctx.need_decay:
+            rate = _join(dlog_decay, segments if log_decay.dim() == 3 else 1)
+        dq, dk, dv = (_join(x, segments) for x in (dq, dk, dv))
+        return dq, dk, dv, rate, dinitial_state, None, None
 
 
 def _zeros(q: Tensor, *shape: int) -> Tensor:
@@ -412,48 +532,56 @@ def _zeros(q: Tensor, *shape: int) -> Tensor:
     return torch.zeros(*shape, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
 
 
-def _send_states(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+def _send(
+    y: Tensor,
+    z: Tensor,
     log_decay: Tensor | None,
-    initial_state: Tensor | None,
+    begun: Tensor | None,
+    q: Tensor,
     part: _Part,
     options: _Options,
+    before: bool,
 ) -> _Exchange:
-    """Sum up the state that leaves this rank, without what enters it, and send it round with its total log decay."""
-    tokens, heads = q.shape[1:3]
-    exchange = _Exchange(q, v.shape[-1], options.group, with_decay=True)
-    if part.tail == tokens:
-        exchange.state.zero_()
-        exchange.decay.fill_(-torch.inf)
-        return exchange.start()
-    some = slice(part.tail, tokens)
-    weight, decay = _log_weights(log_decay, some, False, q)
-    _sum_up(k[:, some], v[:, some], weight, False, heads, options.backend, exchange.state)
-    if initial_state is not None and not part.passes:  # what leaves began here
-        begun = initial_state[part.rows][part.leaves]
-        exchange.state.addcmul_(decay[..., None, None].exp(), begun)
-    if part.passes:
-        exchange.decay.copy_(decay)
-    else:
+    """Sum up the state that leaves this rank's tokens, without what enters them from other ranks, and send it round.
+
+    ``begun``: states of this rank's sequences that begin here; backwards their gradients, of those that end here.
+    """
+    heads = q.shape[2]
+    exchange = _Exchange(y.shape[0] // options.segments, heads, y, z, before, options)
+    some = slice(0, y.shape[1])
+    leaves = part.head > 0 if before else part.tail < part.tokens
+    if part.bounds is not None:
+        some = slice(0, part.head) if before else slice(part.tail, part.tokens)
+        y, z = y[:, some], z[:, some]
+        if not leaves:
+            exchange.state.zero_()
+    if leaves or part.bounds is None:
+        weight, passed = _log_weights(log_decay, some, before, q)
+        starts = None
+        if begun is not None and leaves and not part.passes:  # what leaves began here
+            starts = begun[part.enters if before else part.leaves]
+        exchange.fill(_sum_up(y, z, weight, before, heads, options.backend), passed, starts)
+    if exchange.decay is not None and part.bounds is not None and not part.passes:
         exchange.decay.fill_(-torch.inf)
     return exchange.start()
 
 
-def _send_gradients(
-    do: Tensor, q: Tensor, log_decay: Tensor | None, dfinal: Tensor | None, part: _Part, options: _Options
-) -> _Exchange:
-    """Sum up the gradient of the state that enters this rank, without what comes from behind, and send it round."""
-    exchange = _Exchange(q, do.shape[-1], options.group, with_decay=False)
-    if part.head == 0:
-        exchange.state.zero_()
-        return exchange.start()
-    some = slice(0, part.head)
-    weight, decay = _log_weights(log_decay, some, True, q)
-    _sum_up(q[:, some], do[:, some], weight, True, q.shape[2], options.backend, exchange.state)
-    if options.scale != 1:
-        exchange.state.mul_(options.scale)
-    if dfinal is not None and not part.passes:  # what entered ends here
-        exchange.state.addcmul_(decay[..., None, None].exp(), dfinal[part.enters])
-    return exchange.start()
+def _entering(
+    exchange: _Exchange, decays: Tensor, begun: Tensor | None, part: _Part, options: _Options, before: bool
+) -> Tensor | None:
+    """The states that enter this rank's sequences or segments, None for zeros; ``begun`` as for :func:`_send`."""
+    enters = part.tail < part.tokens if before else part.head > 0
+    if part.bounds is None:
+        if not enters and begun is None and options.segments == 1:
+            return None
+        return exchange.enter(decays, None if enters else begun, options.segments)
+    if not enters and begun is None:
+        return None
+    heads, K, M = exchange.state.shape[1:]
+    local = exchange.state.new_zeros(part.sequences, heads, K, M)
+    if begun is not None:
+        here = part.ends if before else part.begins
+        local[here] = begun[here]
+    if enters:
+        local[part.leaves if before else part.enters] = exchange.enter(decays, None, 1)
+    return local

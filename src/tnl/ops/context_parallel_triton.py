@@ -1,6 +1,6 @@
 """The state that many tokens leave, in Triton: a weighted sum of outer products, without the outputs of a full pass.
 
-Dimensions: B batch, T tokens, Hq heads, K rows and M columns of the state, S segments.
+Dimensions: B batch, T tokens, Hq heads, K rows and M columns of the state, P parts of a sum, S segments of a sequence.
 """
 
 import torch
@@ -8,24 +8,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tnl.ops.lightning_triton import _launch, _padded, _precision, _processors, ceil_div, choose_tiles
+from tnl.ops.lightning_triton import Tiles, _launch, _padded, _precision, _processors, ceil_div, choose_tiles
 
-SHORTEST_SEGMENT = 1024
+SHORTEST_SEGMENT = 8192
+SHORTEST_PART = 1024
+WAVES = 4  # at most so many times as many programs as multiprocessors
+BLOCK = 1024
 PROGRAMS = 8  # a multiprocessor: few enough that their parts stay in the cache, enough to keep it busy
 ZERO = -104.0  # exp of this is 0 in float32
 
 
-@triton.jit(do_not_specialize=["T", "Hq", "y_group", "z_group", "segments"])
+@triton.jit(do_not_specialize=["T", "Hq", "y_group", "z_group", "parts"])
 def _sum_kernel(
-    Y, Z, LOG_WEIGHT, OUT, T, Hq, y_group, z_group, segments, zero,
+    Y, Z, LOG_WEIGHT, OUT, T, Hq, y_group, z_group, parts, zero,
     y_batch, y_token, y_head, z_batch, z_token, z_head, K, M,
     PER_TOKEN: tl.constexpr, BEFORE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of one head's state from the tokens of one segment."""
+    """Some columns of one head's state from the tokens of one part."""
     blocks = tl.cdiv(M, BLOCK_M)
-    chain = (tl.program_id(0) // (segments * blocks)).to(tl.int64)
-    index = tl.program_id(0) // blocks % segments
+    chain = (tl.program_id(0) // (parts * blocks)).to(tl.int64)
+    index = tl.program_id(0) // blocks % parts
     batch, head = chain // Hq, chain % Hq
     inner = tl.arange(0, BLOCK_K)
     columns = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -42,7 +45,7 @@ def _sum_kernel(
             high = tl.minimum(reach + 1, T)
         else:
             low = tl.maximum(T - 1 - reach, 0)
-    length = tl.cdiv(tl.cdiv(high - low, segments), BLOCK_T) * BLOCK_T
+    length = tl.cdiv(tl.cdiv(high - low, parts), BLOCK_T) * BLOCK_T
     begin = low + index * length
     end = tl.minimum(begin + length, high)
     if PER_TOKEN:
@@ -60,11 +63,11 @@ def _sum_kernel(
         y = tl.load(Y + token.to(tl.int64)[:, None] * y_token, inside[:, None] & (inner < K)[None, :], 0.0)
         z = tl.load(Z + token.to(tl.int64)[:, None] * z_token, inside[:, None] & (columns < M)[None, :], 0.0)
         state = tl.dot(tl.trans(y), (z * weight[:, None]).to(z.dtype), state, input_precision=PRECISION)
-    OUT += ((index * (tl.num_programs(0) // (segments * blocks)) + chain) * K + inner[:, None]) * M + columns[None, :]
+    OUT += ((index * (tl.num_programs(0) // (parts * blocks)) + chain) * K + inner[:, None]) * M + columns[None, :]
     tl.store(OUT, state, (inner < K)[:, None] & (columns < M)[None, :])
 
 
-def sum_up(y: Tensor, z: Tensor, log_weight: Tensor, before: bool, out: Tensor) -> Tensor:
+def sum_up(y: Tensor, z: Tensor, log_weight: Tensor, before: bool, heads: int) -> Tensor:
     """``sum over tokens of exp(log weight) y_t z_t^T``, as in :mod:`tnl.ops.context_parallel`.
 
     Args:
@@ -72,24 +75,155 @@ def sum_up(y: Tensor, z: Tensor, log_weight: Tensor, before: bool, out: Tensor) 
         z: ``[B, T, *, M]``, likewise.
         log_weight: ``[Hq]`` log decay a token, or ``[B, T, Hq]`` log weight of each token; float32.
         before: With ``[Hq]``: whether weights count from before the first token, or from behind the last.
-        out: ``[B, Hq, K, M]`` float32, contiguous, to be filled.
+        heads: Hq.
 
     Returns:
-        ``out``. What decay leaves of a head is shared evenly among its segments; these are summed in one order: the
-        same result each time.
+        ``[P, B, Hq, K, M]`` float32, to be added up. What decay leaves of a head is shared evenly among the P parts.
     """
     batch, tokens, _, K = y.shape
-    heads, M = out.shape[1], z.shape[-1]
+    M = z.shape[-1]
     precision = _precision(y.dtype)
     tiles = choose_tiles(K, M, y.dtype, False, False, precision == "ieee")
     programs = batch * heads * ceil_div(M, tiles.columns)
-    segments = max(1, min(PROGRAMS * _processors(y.device) // programs, tokens // SHORTEST_SEGMENT))
-    parts = out[None] if segments == 1 else out.new_empty(segments, *out.shape)
+    parts = max(1, min(PROGRAMS * _processors(y.device) // programs, tokens // SHORTEST_PART))
+    out = torch.empty(parts, batch, heads, K, M, dtype=torch.float32, device=y.device)
     _launch(
-        _sum_kernel, programs * segments, (), (y, z, log_weight.contiguous(), parts),
-        (tokens, heads, heads // y.shape[2], heads // z.shape[2], segments, ZERO),
+        _sum_kernel, programs * parts, (), (y, z, log_weight.contiguous(), out),
+        (tokens, heads, heads // y.shape[2], heads // z.shape[2], parts, ZERO),
         (*y.stride()[:3], *z.stride()[:3], K, M),
         (log_weight.dim() == 3, before, tiles.tokens, _padded(K), tiles.columns, precision),
         tiles,
     )  # fmt: skip
-    return out if segments == 1 else torch.sum(parts, 0, out=out)
+    return out
+
+
+# --- Segments ---------------------------------------------------------------------------------------------------
+
+
+def choose_segments(q: Tensor, v: Tensor) -> int:
+    """Into how many segments of one length to cut the tokens: those that leave the fewest multiprocessors idle.
+
+    A program walks along a segment, one at a time on a multiprocessor, so the programs of a launch should be a little
+    fewer than a multiple of these. The backward pass has twice as many.
+    """
+    batch, tokens, heads, D = q.shape
+    E, processors = v.shape[-1], _processors(q.device)
+    walks = batch * heads * ceil_div(E, choose_tiles(D, E, q.dtype, False, False, False).columns)
+    best, segments = 0.0, 1
+    for count in range(1, min(WAVES * processors // walks, tokens // SHORTEST_SEGMENT) + 1):
+        used = walks * count / (ceil_div(walks * count, processors) * processors)
+        if tokens % count == 0 and used > 1.05 * best:
+            best, segments = used, count
+    return segments
+
+
+@triton.jit
+def _place(chain, j, Hq, segments, before):
+    """Row of ``[B S, Hq]`` for the j-th segment that a chain (a head of a batch row) passes through."""
+    return ((chain // Hq) * segments + tl.where(before != 0, segments - 1 - j, j)) * Hq + chain % Hq
+
+
+@triton.jit(do_not_specialize=["Hq", "segments", "parts", "begun", "scale", "before"])
+def _leave_kernel(
+    PARTS, PASSED, BEGUN, STATE, DECAY, OWN, Hq, segments, parts, begun, scale, before, passed_row, size,
+    HAS_DECAY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One block of one head's state: add up the parts of each segment, and pass along the segments."""
+    blocks = tl.cdiv(size, BLOCK)
+    chain = (tl.program_id(0) // blocks).to(tl.int64)
+    at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    rows = (tl.num_programs(0) // blocks).to(tl.int64) * segments
+    state = tl.load(BEGUN + chain * size + at, inside & (begun != 0), 0.0)
+    total = 0.0
+    for j in range(segments):
+        row = _place(chain, j, Hq, segments, before)
+        own = tl.zeros([BLOCK], tl.float32)
+        for i in range(parts):
+            own += tl.load(PARTS + (i * rows + row) * size + at, inside, 0.0)
+        own *= scale
+        tl.store(OWN + row * size + at, own, inside)
+        passed = tl.load(PASSED + row // Hq * passed_row + chain % Hq)
+        state = state * tl.exp(passed) + own
+        total += passed
+    tl.store(STATE + chain * size + at, state, inside)
+    if HAS_DECAY:
+        tl.store(DECAY + chain, total)
+
+
+def leave(
+    parts: Tensor,
+    passed: Tensor,
+    begun: Tensor | None,
+    scale: float,
+    before: bool,
+    state: Tensor,
+    decay: Tensor | None,
+) -> Tensor:
+    """As ``tnl.ops.context_parallel._leave``, in one launch."""
+    count, rows, heads, K, M = parts.shape
+    batch = len(state)
+    own = parts[0] if count == 1 else torch.empty_like(parts[0])
+    begun_here = state if begun is None else begun.contiguous()
+    _launch(
+        _leave_kernel, batch * heads * ceil_div(K * M, BLOCK), (),
+        (parts, passed, begun_here, state, state if decay is None else decay, own),
+        (heads, rows // batch, count, int(begun is not None), scale, int(before)),
+        (passed.stride(0), K * M),
+        (decay is not None, BLOCK),
+        Tiles(0, 0, 4, 1),
+    )  # fmt: skip
+    return own
+
+
+@triton.jit(do_not_specialize=["Hq", "segments", "first", "count", "step", "begun", "before", "rank_stride"])
+def _enter_kernel(
+    STATES, DECAYS, BEGUN, OWN, PASSED, OUT, Hq, segments, first, count, step, begun, before, rank_stride,
+    passed_row, size, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One block of one head's state: combine what left the ranks, and pass along the segments."""
+    blocks = tl.cdiv(size, BLOCK)
+    chain = (tl.program_id(0) // blocks).to(tl.int64)
+    at = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    state = tl.load(BEGUN + chain * size + at, inside & (begun != 0), 0.0)
+    for i in range(count):
+        rank = first + i * step
+        passed = tl.load(DECAYS + rank * (tl.num_programs(0) // blocks) + chain)
+        state = state * tl.exp(passed) + tl.load(
+            STATES + rank.to(tl.int64) * rank_stride + chain * size + at, inside, 0.0
+        )
+    for j in range(segments):
+        row = _place(chain, j, Hq, segments, before)
+        tl.store(OUT + row * size + at, state, inside)
+        if j + 1 < segments:
+            passed = tl.load(PASSED + row // Hq * passed_row + chain % Hq)
+            state = state * tl.exp(passed) + tl.load(OWN + row * size + at, inside, 0.0)
+
+
+def enter(
+    states: Tensor,
+    decays: Tensor,
+    ranks: range,
+    begun: Tensor | None,
+    own: Tensor | None,
+    passed: Tensor | None,
+    segments: int,
+    before: bool,
+) -> Tensor:
+    """As ``tnl.ops.context_parallel._enter``, in one launch."""
+    batch, heads, K, M = states.shape[1:]
+    out = torch.empty(batch * segments, heads, K, M, dtype=torch.float32, device=states.device)
+    begun_here = out if begun is None else begun.contiguous()
+    _launch(
+        _enter_kernel, batch * heads * ceil_div(K * M, BLOCK), (),
+        (states, decays, begun_here, out if own is None else own, out if passed is None else passed, out),
+        (
+            heads, segments, ranks.start, len(ranks), ranks.step, int(begun is not None), int(before),
+            states.stride(0),
+        ),
+        (0 if passed is None else passed.stride(0), K * M),
+        (BLOCK,),
+        Tiles(0, 0, 4, 1),
+    )  # fmt: skip
+    return out

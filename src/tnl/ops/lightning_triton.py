@@ -374,7 +374,8 @@ def _backward_kernel(
     DQ_STATE, DK_STATE, DINITIAL, CU_SEQLENS, FLAGS,
     scale, T, Hq, group, sequences, segment, lead, per_sequence, items, difference_block, D, E,
     TRANSPOSED: tl.constexpr, DECAY: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_DFINAL: tl.constexpr,
-    NEED_DIFFERENCE: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    NEED_DIFFERENCE: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, NEED_DQ: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """``dk``, ``dv`` and ``dq`` of one head side by side: the first two read the same tokens at the same time.
@@ -384,7 +385,7 @@ def _backward_kernel(
     ticket = tl.program_id(0)
     d_blocks = tl.cdiv(D, BLOCK_C)
     e_blocks = tl.cdiv(E, BLOCK_C)
-    blocks = 2 * d_blocks + e_blocks
+    blocks = (2 if NEED_DQ else 1) * d_blocks + e_blocks
     if SPLIT:
         ticket = tl.atomic_add(FLAGS, 1, sem="relaxed")
     column_block = ticket % blocks
@@ -428,7 +429,7 @@ def _backward_kernel(
             row, column, rate, scale, begin, end, index, is_last, segment, lead, D, E, column_block - d_blocks,
             True, DECAY, HAS_DFINAL, HAS_INITIAL, PACKED, SPLIT, False, BLOCK_T, BLOCK_D, BLOCK_C, PRECISION,
         )  # fmt: skip
-    if column_block >= d_blocks + e_blocks:
+    if NEED_DQ and column_block >= d_blocks + e_blocks:
         column_block -= d_blocks + e_blocks
         _walk(
             DO, V, K_PART, DQ + token * D, DIFFERENCE + column_block * difference_block, Q_PART,
@@ -610,17 +611,23 @@ def backward(
     scale: float,
     need_decay: bool,
     transposed: bool = False,
+    need_dq: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """``(dq, dk, dv, dinitial_state, difference)``, as :func:`tnl.ops.lightning_torch.backward`."""
+    """``(dq, dk, dv, dinitial_state, difference)``, as :func:`tnl.ops.lightning_torch.backward`.
+
+    Without ``need_dq``, which ``need_decay`` needs, dq is empty memory of no size.
+    """
     batch, tokens, heads, D = q.shape
     E, kv_heads = v.shape[-1], k.shape[2]
     log_decay, decay = _decay_form(log_decay)
     precision = _precision(q.dtype)
     tiles = choose_tiles(max(D, E), max(D, E), q.dtype, True, decay == 2, precision == "ieee")
     d_blocks, e_blocks = ceil_div(D, tiles.columns), ceil_div(E, tiles.columns)
-    blocks = 2 * d_blocks + e_blocks
+    blocks = (2 if need_dq else 1) * d_blocks + e_blocks
     cut = _cut(q, cu_seqlens, blocks, decay == 1)
-    dq, dk, dv = (torch.empty(batch, tokens, heads, width, dtype=q.dtype, device=q.device) for width in (D, D, E))
+    dq, dk, dv = (
+        torch.empty(batch, tokens, heads, width, dtype=q.dtype, device=q.device) for width in (D * need_dq, D, E)
+    )
     q, k, v, do = _aligned(q), _aligned(k), _aligned(v), _aligned(do)
     states: list[Tensor | None] = [None, None, None]
     flags = difference = None
@@ -638,8 +645,9 @@ def backward(
         _backward_kernel, cut.items * heads * blocks,
         tuple(_descriptor(x, tiles.tokens, width, cut.packed) for x, width in widths),
         (
-            dq, dk, dv, _or(difference, dq), _or(log_decay, dq), _or(initial_state, dq), _or(dfinal_state, dq),
-            *(_or(state, dq) for state in states), _or(cu_seqlens, dq), _or(flags, dq),
+            dq if need_dq else dk, dk, dv,
+            _or(difference, dk), _or(log_decay, dk), _or(initial_state, dk), _or(dfinal_state, dk),
+            *(_or(state, dk) for state in states), _or(cu_seqlens, dk), _or(flags, dk),
         ),
         (
             scale, tokens, heads, heads // kv_heads,
@@ -648,7 +656,7 @@ def backward(
         (D, E),
         (
             transposed, decay, initial_state is not None, dfinal_state is not None, need_decay,
-            cut.packed, cut.split, precision, tiles.tokens, block_d, block_e, block_c,
+            cut.packed, cut.split, need_dq, precision, tiles.tokens, block_d, block_e, block_c,
         ),
         tiles,
     )  # fmt: skip
