@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from tests.serving_models import NEW_TOKENS, Reference, load, reference, references, save_tiny
+from tnl.models.tnl.matrix_network import MatrixNetwork
+from tnss import Structure
 
 pytestmark = pytest.mark.serve
 
@@ -153,25 +155,66 @@ def test_variants(engine: StartEngine, tmp_path: Path, overrides: dict[str, Any]
     run(engine(tmp_path), references(tmp_path, SHORT))
 
 
+HYBRID: dict[str, Any] = {  # heads as wide as vLLM's softmax attention needs them on a CPU
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
+    "num_hidden_layers": 4, "num_attention_heads": 2, "head_dim": 32,
+}  # fmt: skip
+
+
+def test_hybrid(engine: StartEngine, tmp_path: Path) -> None:
+    """Softmax attention beside states: keys and values in pages, a state a request, in one pool of blocks."""
+    save_tiny(tmp_path, **HYBRID)
+    run(engine(tmp_path, states=300), references(tmp_path, [*SHORT, 513, 1500]))
+
+
+def low_rank(rows: int, columns: int, rank: int) -> dict[str, Any]:
+    structure = Structure([rows, columns], [(0, 1, rank)])
+    return MatrixNetwork((rows, columns), (rows,), (columns,), ((0,), (1,)), structure, ((0, 0),)).to_dict()
+
+
+def train_of_matrices(rows: tuple[int, int], columns: tuple[int, int], rank: int) -> dict[str, Any]:
+    sizes = [rows[0] * columns[0], rows[1] * columns[1]]
+    network = (rows[0] * rows[1], columns[0] * columns[1]), rows, columns, ((0, 2), (1, 3))
+    return MatrixNetwork(*network, Structure(sizes, [(0, 1, rank)])).to_dict()
+
+
+COMPRESSED: dict[str, Any] = {
+    "model.embed_tokens": low_rank(320, 64, 40),
+    "model.layers.0.attention.qkvu_proj": low_rank(256, 64, 40),
+    "model.layers.1.attention.o_proj": train_of_matrices((8, 8), (4, 16), 24),
+    "model.layers.1.mlp.gate_proj": train_of_matrices((8, 16), (8, 8), 24),
+    "model.layers.2.mlp.down_proj": low_rank(64, 128, 30),
+}
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied head", "head of its own"])
+def test_compressed(engine: StartEngine, tmp_path: Path, tied: bool) -> None:
+    networks = COMPRESSED if tied else COMPRESSED | {"lm_head": low_rank(320, 64, 40)}
+    save_tiny(tmp_path, tensor_networks=networks, tie_word_embeddings=tied)
+    run(engine(tmp_path), references(tmp_path, SHORT))
+
+
 def test_tensor_parallel(engine: StartEngine, folder: Path, expected: list[Reference], tmp_path: Path,
                          monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     run(engine(folder, tensor_parallel_size=2), expected)
 
 
-@pytest.mark.parametrize("overrides", VARIANTS[:2], ids=lambda overrides: overrides["gate"])
-def test_tensor_parallel_of_variants(
-    engine: StartEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: dict[str, Any]
+def test_tensor_parallel_of_a_compressed_variant(
+    engine: StartEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Weights of the norm, both matrices of the gate and all thetas are cut; compressed matrices are made dense."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    save_tiny(tmp_path, **overrides)
+    networks = {name: network for name, network in COMPRESSED.items() if "qkvu" not in name}
+    save_tiny(tmp_path, **(VARIANTS[1] | {"lrpe_layers": "all", "decay_schedule": "paper"}), tensor_networks=networks)
     run(engine(tmp_path, tensor_parallel_size=2), references(tmp_path, SHORT))
 
 
 def test_pipeline_parallel(engine: StartEngine, folder: Path, expected: list[Reference],
                            monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    run(engine(folder, pipeline_parallel_size=2, enforce_eager=False), expected[:24])
+    options = {"enforce_eager": False, "compilation_config": {"backend": "eager"}}
+    run(engine(folder, pipeline_parallel_size=2, **options), expected[:24])
 
 
 def test_bfloat16_is_as_near_as_torch(engine: StartEngine, folder: Path, expected: list[Reference]) -> None:
@@ -202,12 +245,11 @@ def test_bfloat16_is_as_near_as_torch(engine: StartEngine, folder: Path, expecte
 @pytest.mark.parametrize(
     ("overrides", "options", "message"),
     [
-        ({"layer_types": ["linear_attention", "full_attention", "linear_attention"]}, {}, "layer_types: "),
         ({}, {"tensor_parallel_size": 3}, "tensor_parallel_size: expected a divisor of the 4 heads, got 3"),
         ({}, {"pipeline_parallel_size": 2}, "pipeline_parallel_size: "),
         ({}, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative_config: "),
     ],
-    ids=["hybrid", "heads", "stages", "speculation"],
+    ids=["heads", "stages", "speculation"],
 )
 def test_what_is_not_served(engine: StartEngine, tmp_path: Path, overrides: dict[str, Any], options: dict[str, Any],
                             message: str) -> None:  # fmt: skip

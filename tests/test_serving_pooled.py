@@ -30,7 +30,7 @@ def one_step(
     read: list[int],
     inputs: list[tuple[Tensor, Tensor, Tensor]],
     pools: list[Tensor],
-    rows: list[int],
+    rows: list[list[int]],
     log_decay: Tensor | None,
     padding: int = 0,
     backend: str = "auto",
@@ -41,13 +41,16 @@ def one_step(
     filler = [x.new_full((padding, *x.shape[1:]), torch.nan) for x in inputs[0]]
     q, k, v = (torch.cat([*(piece[j] for piece in pieces), filler[j]]) for j in range(3))
     output = torch.full_like(v, torch.nan)
-    step = PooledStep(
-        decode_rows=torch.tensor([rows[i] for i in decodes] + [-1] * padding, dtype=torch.int32),
-        prefill_rows=torch.tensor([rows[i] for i in prefills], dtype=torch.int64),
-        prefill_bounds=torch.tensor([0, *prefills.values()]).cumsum(0).int(),
-        num_tokens=sum(counts.values()) + padding,
-    )
-    attend(step, q, k, v, log_decay, pools, output, backend)
+    steps = [
+        PooledStep(
+            decode_rows=torch.tensor([at[i] for i in decodes] + [-1] * padding, dtype=torch.int32),
+            prefill_rows=torch.tensor([at[i] for i in prefills], dtype=torch.int64),
+            prefill_bounds=torch.tensor([0, *prefills.values()]).cumsum(0).int(),
+            num_tokens=sum(counts.values()) + padding,
+        )
+        for at in rows
+    ]
+    attend(steps, q, k, v, log_decay, pools, output, backend)
     found = {}
     begin = 0
     for i, n in counts.items():
@@ -60,10 +63,10 @@ def one_step(
 @pytest.mark.parametrize("log_decay", [None, DECAY], ids=["no decay", "decay"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_chunks_and_decodes_mixed_equal_the_whole(parts: int, log_decay: Tensor | None, backend: str) -> None:
-    inputs, rows, read = texts(parts), [7, 2, 11, 5], [0] * len(LENGTHS)
+    inputs, rows, read = texts(parts), [[7, 2, 11, 5], [0, 9, 7, 3]][:parts], [0] * len(LENGTHS)
     pools = [torch.full((ROWS, HEADS, WIDTH, WIDTH), torch.nan) for _ in range(parts)]  # a stranger's row is seen
-    for pool in pools:
-        pool[rows] = 0
+    for pool, at in zip(pools, rows, strict=True):
+        pool[at] = 0
     outputs: dict[int, list[Tensor]] = {i: [] for i in range(len(LENGTHS))}
     while any(done < length for done, length in zip(read, LENGTHS, strict=True)):
         going = [i for i, length in enumerate(LENGTHS) if read[i] < length]
@@ -76,8 +79,8 @@ def test_chunks_and_decodes_mixed_equal_the_whole(parts: int, log_decay: Tensor 
             outputs[i].append(found)
     for i, text in enumerate(inputs):
         torch.testing.assert_close(torch.cat(outputs[i]), whole(text, log_decay), rtol=1e-4, atol=1e-4)
-    others = [row for row in range(ROWS) if row not in rows]
-    assert all(pool[others].isnan().all() for pool in pools)
+    for pool, at in zip(pools, rows, strict=True):
+        assert pool[[row for row in range(ROWS) if row not in at]].isnan().all()
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -90,16 +93,13 @@ def test_prefills_cut_in_segments(parts: int, lengths: tuple[int, ...], monkeypa
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(sum(lengths), HEADS, WIDTH * n, generator=generator) for n in (parts, parts, 1))
     given = [torch.randn(ROWS, HEADS, WIDTH, WIDTH, generator=generator) for _ in range(parts)]
-    step = PooledStep(
-        decode_rows=torch.tensor([], dtype=torch.int32),
-        prefill_rows=torch.tensor([4, 9, 0][: len(lengths)]),
-        prefill_bounds=torch.tensor([0, *lengths]).cumsum(0).int(),
-        num_tokens=sum(lengths),
-    )
+    nothing, bounds = torch.tensor([], dtype=torch.int32), torch.tensor([0, *lengths]).cumsum(0).int()
+    rows = [torch.tensor(at[: len(lengths)]) for at in ([4, 9, 0], [9, 1, 8])][:parts]
+    steps = [PooledStep(nothing, at, bounds, sum(lengths)) for at in rows]
     results = []
     for backend in ("torch", "triton"):
         pools, output = [pool.clone() for pool in given], torch.full_like(v, torch.nan)
-        attend(step, q, k, v, DECAY, pools, output, backend)
+        attend(steps, q, k, v, DECAY, pools, output, backend)
         results.append((output, *pools))
     for triton, right in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(triton, right, rtol=1e-4, atol=1e-4)
@@ -109,7 +109,7 @@ def test_tokens_after_the_step_are_left_alone() -> None:
     q, k, v = texts(1)[1]
     output = torch.full_like(v, 7.0)
     step = PooledStep(torch.tensor([], dtype=torch.int32), torch.tensor([0]), torch.tensor([0, 3]).int(), 3)
-    attend(step, q, k, v, DECAY, [torch.zeros(1, HEADS, WIDTH, WIDTH)], output)
+    attend([step], q, k, v, DECAY, [torch.zeros(1, HEADS, WIDTH, WIDTH)], output)
     assert (output[3:] == 7).all()
     assert (output[:3] != 7).all()
 
@@ -122,6 +122,6 @@ def test_half_precision_with_two_pools_is_rounded_once(dtype: torch.dtype) -> No
     rows, output = torch.zeros(1, dtype=torch.int32), torch.empty_like(v)
     empty = PooledStep(rows, torch.tensor([], dtype=torch.int64), torch.zeros(1, dtype=torch.int32), 1)
     for t in range(len(q)):
-        attend(empty, q[t : t + 1], k[t : t + 1], v[t : t + 1], DECAY, pools, output[t : t + 1])
+        attend([empty] * 2, q[t : t + 1], k[t : t + 1], v[t : t + 1], DECAY, pools, output[t : t + 1])
     half_a_unit = torch.finfo(dtype).eps / 2
     assert ((output.double() - exact).abs() <= 1.01 * half_a_unit * exact.abs() + 1e-5).all()

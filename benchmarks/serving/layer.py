@@ -82,7 +82,7 @@ def step_call(sizes: Sizes, dtype: torch.dtype, device: str) -> tuple[Callable[[
     step, log_decay, output = describe(sizes, rows, device), decay(H, device), torch.empty_like(value)
 
     def call() -> Tensor:
-        attend(step, query, key, value, log_decay, pools, output)
+        attend([step] * len(pools), query, key, value, log_decay, pools, output)
         return output
 
     states = 2 * sum(pool[0].nbytes for pool in pools) * (sizes.decodes + len(sizes.prefills))
@@ -147,7 +147,7 @@ def serve(tensors: tuple[Tensor, Tensor, Tensor], lengths: tuple[int, ...], part
         index = torch.cat([torch.arange(starts[i] + read[i], starts[i] + read[i] + n) for i, n in counts.items()])
         index = index.to(value.device)
         part = torch.empty(len(index), *value.shape[1:], dtype=value.dtype, device=value.device)
-        attend(step, query[index], key[index], value[index], log_decay, pools, part)
+        attend([step] * len(pools), query[index], key[index], value[index], log_decay, pools, part)
         output[index] = part
         for i, n in counts.items():
             read[i] += n

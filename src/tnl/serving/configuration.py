@@ -11,6 +11,12 @@ from tnl.models.tnl.configuration_tnl import TnlConfig
 from tnl.models.tnl.released import Shape, TransnormerConfig, find_weight_files, plan_conversion, read_shapes
 
 DEFAULT_MAX_MODEL_LEN = 131_072  # tokens; a TNL has no limit of its own, and a longer request costs no more memory
+HYBRID = "TnlHybridForCausalLM"  # of tnl.serving.modeling
+
+
+def is_hybrid(config: TnlConfig) -> bool:
+    """Whether some layers are softmax attention."""
+    return not all(config.is_linear(layer) for layer in range(config.num_hidden_layers))
 
 
 class ServingConfig(MambaModelConfig):
@@ -18,13 +24,22 @@ class ServingConfig(MambaModelConfig):
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Read the dims of a released folder from its tensors; choose a longest request where none is given."""
+        """Read the dims of a released folder from its tensors; choose a longest request where none is given.
+
+        A hybrid stack gets a class of its own: what vLLM does with keys and values it decides by the class.
+        """
         config = model_config.hf_config
         if isinstance(config, TransnormerConfig):
             own, _ = plan_conversion(_shapes(model_config.model, model_config.revision), config, model_config.model)
             own.architectures = config.architectures
             model_config.hf_config = model_config.hf_text_config = own
             model_config.model_arch_config = model_config.get_model_arch_config()
+        elif is_hybrid(config):
+            config.architectures = [HYBRID]
+            model_config.model_arch_config = model_config.get_model_arch_config()
+            model_config._model_info, model_config._architecture = model_config.registry.inspect_model_cls(
+                config.architectures, model_config
+            )
         if model_config.original_max_model_len is None:
             model_config.max_model_len = DEFAULT_MAX_MODEL_LEN
 
@@ -33,14 +48,9 @@ class ServingConfig(MambaModelConfig):
         """Refuse what a TNL cannot be served with, and choose how states are paged.
 
         Raises:
-            ValueError: The model has layers of softmax attention or is compressed, its heads or layers cannot be shared
-                out, or speculative decoding is asked for.
+            ValueError: Heads or layers cannot be shared out, or speculative decoding is asked for.
         """
         config: TnlConfig = vllm_config.model_config.hf_config
-        if not all(config.is_linear(layer) for layer in range(config.num_hidden_layers)):
-            raise ValueError("layer_types: models with layers of full attention are not served; expected none")
-        if config.tensor_networks is not None:
-            raise ValueError("tensor_networks: compressed models are not served; `tnl expand` makes them dense first")
         ranks = vllm_config.parallel_config.tensor_parallel_size
         if config.num_attention_heads % ranks:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""TNL as vLLM models, in our format and in the released one.
+"""TNL as vLLM models: in our format, hybrid stacks among them, and in the released one.
 
 The same maths as :mod:`tnl.models.tnl.modeling_tnl`, on a step's tokens laid end to end, with heads, inner channels
 and vocabulary cut over the ranks of tensor parallelism and layers over those of pipeline parallelism.
@@ -20,6 +20,7 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_reduce,
 )
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -33,6 +34,7 @@ from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
 from vllm.model_executor.models.interfaces import (
     HasInnerState,
     IsAttentionFree,
+    IsHybrid,
     SupportsMambaPrefixCaching,
     SupportsPP,
 )
@@ -49,8 +51,10 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from tnl.models.tnl.configuration_tnl import TnlConfig
+from tnl.models.tnl.matrix_network import TensorNetworkEmbedding, TensorNetworkLinear
 from tnl.models.tnl.modeling_tnl import ACTIVATION_FUNCTIONS, TnlNorm, TnlRelativePositions
 from tnl.models.tnl.released import KEY_MAP
+from tnl.serving.compressed import kept_networks, linear, make_dense, tied_head
 from tnl.serving.cpu import keep_seeds_of_unfinished_prompts
 from tnl.serving.states import PooledLightningAttention
 from tnl.slopes import log_decay
@@ -106,7 +110,6 @@ class TnlAttention(nn.Module):
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         config: TnlConfig = vllm_config.model_config.hf_config
-        quantization = vllm_config.quant_config
         layer, ranks = extract_layer_index(prefix), get_tensor_model_parallel_world_size()
         all_heads, _, self.head_dim = config.state_shape(layer)
         self.num_heads = all_heads // ranks
@@ -115,17 +118,17 @@ class TnlAttention(nn.Module):
         self.value_activation = ACTIVATION_FUNCTIONS[config.value_act]
         width = all_heads * self.head_dim
         streams = 4 if config.gate in ("linear", "sigmoid") else 3
-        linear: dict[str, Any] = {"bias": False, "quant_config": quantization}
-        self.qkvu_proj = MergedColumnParallelLinear(
-            config.hidden_size, [width] * streams, prefix=f"{prefix}.qkvu_proj", **linear
+        self.qkvu_proj = linear(
+            MergedColumnParallelLinear, vllm_config, f"{prefix}.qkvu_proj", config.hidden_size, [width] * streams
         )
         if config.gate == "low_rank_sigmoid":
-            self.gate_down_proj = ReplicatedLinear(
-                config.hidden_size, self.head_dim, prefix=f"{prefix}.gate_down_proj", **linear
+            inner = config.hidden_size, self.head_dim
+            self.gate_down_proj = linear(ReplicatedLinear, vllm_config, f"{prefix}.gate_down_proj", *inner)
+            self.gate_up_proj = linear(
+                ColumnParallelLinear, vllm_config, f"{prefix}.gate_up_proj", self.head_dim, width
             )
-            self.gate_up_proj = ColumnParallelLinear(self.head_dim, width, prefix=f"{prefix}.gate_up_proj", **linear)
         self.norm = ShardedNorm(config, width)
-        self.o_proj = RowParallelLinear(width, config.hidden_size, prefix=f"{prefix}.o_proj", **linear)
+        self.o_proj = linear(RowParallelLinear, vllm_config, f"{prefix}.o_proj", width, config.hidden_size)
         self.lrpe = ServedRelativePositions(self.num_heads, self.head_dim) if config.uses_lrpe(layer) else None
         decay = None
         if config.decay_schedule != "none":
@@ -157,24 +160,71 @@ class TnlAttention(nn.Module):
         return self.o_proj(self.norm(output.reshape(tokens, -1), gate))[0]
 
 
+class TnlSoftmaxAttention(nn.Module):
+    """Softmax attention with rotary positions, whose keys and values vLLM keeps in pages."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        config: TnlConfig = vllm_config.model_config.hf_config
+        assert config.head_dim is not None
+        self.head_dim, self.rope_theta = config.head_dim, config.rope_theta
+        self.num_heads = config.num_attention_heads // get_tensor_model_parallel_world_size()
+        width = config.num_attention_heads * config.head_dim
+        self.qkv_proj = linear(
+            MergedColumnParallelLinear, vllm_config, f"{prefix}.qkv_proj", config.hidden_size, [width] * 3
+        )
+        self.o_proj = linear(RowParallelLinear, vllm_config, f"{prefix}.o_proj", width, config.hidden_size)
+        self.attend = Attention(
+            self.num_heads,
+            self.head_dim,
+            self.head_dim**-0.5,
+            cache_config=vllm_config.cache_config,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.attend",
+        )
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotary positions on `[N, H, E]`, as :meth:`tnl.models.tnl.modeling_tnl.TnlSoftmaxAttention.rotate`."""
+        half = self.head_dim // 2
+        exponent = torch.arange(half, dtype=torch.float64, device=x.device) / half
+        angle = torch.remainder(positions[:, None, None].double() * self.rope_theta**-exponent, 2 * math.pi).float()
+        cosine, sine = angle.cos(), angle.sin()
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1).to(x.dtype)
+
+    def forward(self, hidden_states: Tensor, positions: Tensor) -> Tensor:
+        """Attend: `[N, d]` at positions `[N]` to `[N, d]`."""
+        tokens = hidden_states.shape[0]
+        query, key, value = self.qkv_proj(hidden_states)[0].view(tokens, 3, self.num_heads, self.head_dim).unbind(1)
+        query, key = self.rotate(query, positions), self.rotate(key, positions)
+        output = self.attend(*(x.reshape(tokens, -1) for x in (query, key, value)))
+        return self.o_proj(output)[0]
+
+
 class TnlGatedLinearUnit(nn.Module):
     """SGLU: `W_3 ((W_1 x) * (W_2 x))`."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         config: TnlConfig = vllm_config.model_config.hf_config
-        linear: dict[str, Any] = {"bias": False, "quant_config": vllm_config.quant_config}
+        width, inner = config.hidden_size, config.intermediate_size
         self.activation = ACTIVATION_FUNCTIONS[config.glu_act]
-        self.gate_and_up_proj = MergedColumnParallelLinear(
-            config.hidden_size, [config.intermediate_size] * 2, prefix=f"{prefix}.gate_and_up_proj", **linear
-        )
-        self.down_proj = RowParallelLinear(
-            config.intermediate_size, config.hidden_size, prefix=f"{prefix}.down_proj", **linear
-        )
+        self.merged = not kept_networks(vllm_config)
+        if self.merged:
+            self.gate_and_up_proj = linear(
+                MergedColumnParallelLinear, vllm_config, f"{prefix}.gate_and_up_proj", width, [inner] * 2
+            )
+        else:
+            self.gate_proj = linear(ColumnParallelLinear, vllm_config, f"{prefix}.gate_proj", width, inner)
+            self.up_proj = linear(ColumnParallelLinear, vllm_config, f"{prefix}.up_proj", width, inner)
+        self.down_proj = linear(RowParallelLinear, vllm_config, f"{prefix}.down_proj", inner, width)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Mix channels of `[N, d]`."""
-        gate, up = self.gate_and_up_proj(hidden_states)[0].chunk(2, dim=-1)
+        if self.merged:
+            gate, up = self.gate_and_up_proj(hidden_states)[0].chunk(2, dim=-1)
+        else:
+            gate, up = self.gate_proj(hidden_states)[0], self.up_proj(hidden_states)[0]
         return self.down_proj(self.activation(gate) * up)[0]
 
 
@@ -185,7 +235,8 @@ class TnlDecoderLayer(nn.Module):
         super().__init__()
         config: TnlConfig = vllm_config.model_config.hf_config
         self.attention_norm = TnlNorm(config, config.hidden_size)
-        self.attention = TnlAttention(vllm_config, f"{prefix}.attention")
+        kind = TnlAttention if config.is_linear(extract_layer_index(prefix)) else TnlSoftmaxAttention
+        self.attention = kind(vllm_config, f"{prefix}.attention")
         self.mlp_norm = TnlNorm(config, config.hidden_size)
         self.mlp = TnlGatedLinearUnit(vllm_config, f"{prefix}.mlp")
 
@@ -206,9 +257,12 @@ class TnlModel(nn.Module):
         tied_head = config.tie_word_embeddings and get_pp_group().is_last_rank
         self.embed_tokens: Any = PPMissingLayer()
         if get_pp_group().is_first_rank or tied_head:
-            self.embed_tokens = VocabParallelEmbedding(
-                config.vocab_size, config.hidden_size, prefix=f"{prefix}.embed_tokens"
-            )
+            name = f"{prefix}.embed_tokens"
+            network = kept_networks(vllm_config).get(name)
+            if network is not None:
+                self.embed_tokens = TensorNetworkEmbedding(network)
+            else:
+                self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size, prefix=name)
         self.start_layer, self.end_layer, self.layers = make_layers(
             config.num_hidden_layers,
             lambda prefix: TnlDecoderLayer(vllm_config, prefix),
@@ -284,18 +338,23 @@ class TnlForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPre
         config: TnlConfig = vllm_config.model_config.hf_config
         self.config = config
         self.model: Any = TnlModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
-        self.lm_head: Any = PPMissingLayer()
-        if get_pp_group().is_last_rank:
-            self.lm_head = ParallelLMHead(
-                config.vocab_size,
-                config.hidden_size,
-                quant_config=vllm_config.quant_config,
-                prefix=maybe_prefix(prefix, "lm_head"),
-            )
-            if config.tie_word_embeddings:
-                self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        self.networks = kept_networks(vllm_config)
+        self.lm_head = self._head(vllm_config, maybe_prefix(prefix, "lm_head"))
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+
+    def _head(self, vllm_config: VllmConfig, prefix: str) -> nn.Module:
+        config, embedding = self.config, self.model.embed_tokens
+        if not get_pp_group().is_last_rank:
+            return PPMissingLayer()
+        if prefix in self.networks:
+            return TensorNetworkLinear(self.networks[prefix])
+        if config.tie_word_embeddings and isinstance(embedding, TensorNetworkEmbedding):
+            return tied_head(embedding)
+        head = ParallelLMHead(
+            config.vocab_size, config.hidden_size, quant_config=vllm_config.quant_config, prefix=prefix
+        )
+        return head.tie_weights(embedding) if config.tie_word_embeddings else head
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Embeddings `[N, d]` of ids `[N]`, scaled."""
@@ -325,11 +384,24 @@ class TnlForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPre
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Logits `[N, vocabulary]`."""
+        if isinstance(self.lm_head, TensorNetworkLinear):
+            return self.lm_head(hidden_states)
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load tensors by their names in the checkpoint; returns the names of the parameters set."""
-        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        if self.networks:  # whose gates and ups are not merged
+            return AutoWeightsLoader(self).load_weights(weights)
+        weights = make_dense(weights, self.config.tensor_networks or {})
+        # A tied head's file repeats how the embedding's cores are ordered.
+        loader = AutoWeightsLoader(self, ignore_unexpected_prefixes=["lm_head.order_"])
+        return loader.load_weights(weights, mapper=self.hf_to_vllm_mapper)
+
+
+class TnlHybridForCausalLM(TnlForCausalLM, IsHybrid):
+    """A stack in which some layers are softmax attention; vLLM asks the class whether a model has states alone."""
+
+    is_attention_free: ClassVar[bool] = False
 
 
 class TransnormerForCausalLM(TnlForCausalLM):

@@ -1,7 +1,7 @@
 """What vLLM calls in each of its processes, through the entry point group `vllm.general_plugins`."""
 
 MODELS = "tnl.serving.modeling"
-ARCHITECTURES = ("TnlForCausalLM", "TransnormerForCausalLM")
+ARCHITECTURES = ("TnlForCausalLM", "TnlHybridForCausalLM", "TransnormerForCausalLM")
 
 
 def register() -> None:

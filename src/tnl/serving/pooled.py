@@ -9,7 +9,6 @@ sine: `q S = (q cos) S_cos + (q sin) S_sin`. So all states of a model have one s
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from tnl.ops.backends import call_on_device, resolve_backend
 
 @dataclass(frozen=True)
 class PooledStep:
-    """Which rows of the pools the requests of a step have.
+    """Which rows of a pool the requests of a step have.
 
     Attributes:
         decode_rows: Row of each decode, `[decodes]` int32, each at most once; negative for padding.
@@ -36,7 +35,7 @@ class PooledStep:
 
 
 def attend(
-    step: PooledStep,
+    steps: Sequence[PooledStep],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -51,7 +50,7 @@ def attend(
     :func:`tnl.ops.lightning_attention`. Neither reads nor writes another row of the pools than those of the step.
 
     Args:
-        step: Rows and boundaries.
+        steps: Rows in each of the pools, and boundaries, which are the same in all.
         query: `[N, H, len(pools) E]`; `key` alike.
         key: `[N, H, len(pools) E]`.
         value: `[N, H, E]`.
@@ -61,22 +60,23 @@ def attend(
         backend: As in :func:`tnl.ops.lightning_attention`.
     """
     backend = resolve_backend(backend, query)
-    decodes, end = len(step.decode_rows), step.num_tokens
+    decodes, end = len(steps[0].decode_rows), steps[0].num_tokens
     if decodes:
-        output[:decodes] = _decode(step, query[:decodes], key[:decodes], value[:decodes], log_decay, pools, backend)
+        output[:decodes] = _decode(steps, query[:decodes], key[:decodes], value[:decodes], log_decay, pools, backend)
     if end > decodes:
         tokens = slice(decodes, end)
         prefill = _prefill_copied
         if backend == "triton":
             from tnl.serving.pooled_triton import prefill
+        rows = [step.prefill_rows for step in steps]
         call_on_device(
-            prefill, query[tokens], key[tokens], value[tokens], log_decay, pools, step.prefill_rows,
-            step.prefill_bounds, output[tokens],
+            prefill, query[tokens], key[tokens], value[tokens], log_decay, pools, rows, steps[0].prefill_bounds,
+            output[tokens],
         )  # fmt: skip
 
 
 def _decode(
-    step: PooledStep,
+    steps: Sequence[PooledStep],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -84,15 +84,15 @@ def _decode(
     pools: Sequence[Tensor],
     backend: str,
 ) -> Tensor:
-    options: dict[str, Any] = {"state_indices": step.decode_rows, "backend": backend}
+    rows = [step.decode_rows for step in steps]
     if len(pools) == 1:
-        return lightning_attention_step(query, key, value, log_decay, pools[0], **options)
+        return lightning_attention_step(query, key, value, log_decay, pools[0], state_indices=rows[0], backend=backend)
     # In float32, so that the sum of the halves is rounded once, as in training.
     query, key, value = query.float(), key.float(), value.float()
-    parts = zip(query.chunk(len(pools), -1), key.chunk(len(pools), -1), pools, strict=True)
+    parts = zip(query.chunk(len(pools), -1), key.chunk(len(pools), -1), pools, rows, strict=True)
     outputs = [
-        lightning_attention_step(part_query, part_key, value, log_decay, pool, **options)
-        for part_query, part_key, pool in parts
+        lightning_attention_step(part_query, part_key, value, log_decay, pool, state_indices=at, backend=backend)
+        for part_query, part_key, pool, at in parts
     ]
     return torch.stack(outputs).sum(0)
 
@@ -103,7 +103,7 @@ def _prefill_copied(
     value: Tensor,
     log_decay: Tensor | None,
     pools: Sequence[Tensor],
-    rows: Tensor,
+    rows: Sequence[Tensor],
     cu_seqlens: Tensor,
     output: Tensor,
 ) -> None:
@@ -113,12 +113,12 @@ def _prefill_copied(
         key[None],
         value[None],
         log_decay,
-        initial_state=torch.cat([pool[rows] for pool in pools], dim=2),
+        initial_state=torch.cat([pool[at] for pool, at in zip(pools, rows, strict=True)], dim=2),
         return_final_state=True,
         cu_seqlens=cu_seqlens,
         backend="torch",
     )
     assert final is not None
     output.copy_(result[0])
-    for pool, part in zip(pools, final.chunk(len(pools), dim=2), strict=True):
-        pool[rows] = part
+    for pool, at, part in zip(pools, rows, final.chunk(len(pools), dim=2), strict=True):
+        pool[at] = part

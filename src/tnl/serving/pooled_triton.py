@@ -36,7 +36,7 @@ def choose_prefill_tiles(parts: int, width: int, dtype: torch.dtype, exact: bool
 
 @triton.jit(do_not_specialize=["T", "H", "sequences", "segment", "lead", "per_sequence", "items"])
 def _prefill_kernel(
-    Q, K, V, OUT, LOG_DECAY, POOL, SECOND_POOL, ROWS, CU_SEQLENS, FLAGS,
+    Q, K, V, OUT, LOG_DECAY, POOL, SECOND_POOL, ROWS, SECOND_ROWS, CU_SEQLENS, FLAGS,
     T, H, sequences, segment, lead, per_sequence, items, pool_row, out_token, D, E,
     PARTS: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -57,10 +57,10 @@ def _prefill_kernel(
     )  # fmt: skip
     if sequence < 0:
         return
-    at = tl.load(ROWS + sequence).to(tl.int64) * pool_row + head.to(tl.int64) * E * E
-    state = POOL + at
+    state = POOL + tl.load(ROWS + sequence).to(tl.int64) * pool_row + head.to(tl.int64) * E * E
     if PARTS == 2:  # rows of the state from E on lie in the other pool
-        state = tl.where((tl.arange(0, BLOCK_D) < E)[:, None], POOL + at, SECOND_POOL + at - E * E)
+        second = SECOND_POOL + tl.load(SECOND_ROWS + sequence).to(tl.int64) * pool_row + head.to(tl.int64) * E * E
+        state = tl.where((tl.arange(0, BLOCK_D) < E)[:, None], state, second - E * E)
     rate = 0.0
     if DECAY == 1:
         rate = tl.load(LOG_DECAY + head)
@@ -79,7 +79,7 @@ def prefill(
     value: Tensor,
     log_decay: Tensor | None,
     pools: Sequence[Tensor],
-    rows: Tensor,
+    rows: Sequence[Tensor],
     cu_seqlens: Tensor,
     output: Tensor,
 ) -> None:
@@ -91,7 +91,7 @@ def prefill(
         value: ``[N, H, E]``.
         log_decay: ``[H]`` float32, or None for no decay.
         pools: One or two ``[P, H, E, E]`` float32 of the same strides, heads without gaps; updated in place.
-        rows: ``[R]``, each at most once.
+        rows: In each of the pools, ``[R]`` of the same type, each at most once.
         cu_seqlens: ``[R + 1]``, from 0 to N.
         output: ``[N, H, E]``, heads without gaps; written in place.
     """
@@ -103,7 +103,7 @@ def prefill(
     tiles = choose_prefill_tiles(len(pools), E, q.dtype, precision == "ieee")
     blocks = ceil_div(E, tiles.columns)
     # One request alone is cut over the whole GPU, and read as a row of its own.
-    cut = _cut(q, cu_seqlens if len(rows) > 1 else None, blocks, decay == 1)
+    cut = _cut(q, cu_seqlens if len(rows[0]) > 1 else None, blocks, decay == 1)
     flags = None
     if cut.split:
         flags = torch.zeros(1 + cut.sequences * heads * blocks, dtype=torch.int32, device=q.device)
@@ -113,7 +113,7 @@ def prefill(
         tuple(
             _descriptor(x, tiles.tokens, width, cut.packed) for x, width in ((q, block_d), (k, block_d), (v, block_c))
         ),
-        (output, _or(log_decay, output), pools[0], pools[-1], rows, cu_seqlens, _or(flags, output)),
+        (output, _or(log_decay, output), pools[0], pools[-1], rows[0], rows[-1], cu_seqlens, _or(flags, output)),
         (tokens, heads, cut.sequences, cut.segment, cut.lead, cut.per_sequence, cut.items),
         (pools[0].stride(0), output.stride(0), D, E),
         (len(pools), decay, cut.packed, cut.split, precision, tiles.tokens, block_d, block_c),

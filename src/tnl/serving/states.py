@@ -33,7 +33,8 @@ from tnl.serving.pooled import PooledStep, attend
 class StatePool(MambaBase):
     """One state a request, `[H, D, E]` float32, as vLLM pages it; a layer with LRPE has two.
 
-    With all states of a model in one shape vLLM keeps them in one group, without padding.
+    With all states of a model in one shape vLLM keeps them in one group, without padding; in a hybrid stack in several
+    groups, in each of which a request has a row of its own.
 
     Attributes:
         kv_cache: `(pool,)`, the pool `[P, H, D, E]`, set by vLLM. Rows lie apart, each state is contiguous.
@@ -117,12 +118,10 @@ class LightningMetadataBuilder(AttentionMetadataBuilder[PooledStep]):
         # What pads a CUDA graph has no tokens, or vLLM's null block; it shall read and write no row.
         padding = (step.seq_lens[:decodes] == 0) | (rows[:decodes] == NULL_BLOCK_ID)
         decode_rows.copy_(rows[:decodes].masked_fill(padding, -1))
-        with torch.inference_mode(False):  # the operator checks a tensor that has a version once, not in each layer
-            bounds = step.query_start_loc[decodes : decodes + prefills + 1] - decode_tokens
         return PooledStep(
             decode_rows=decode_rows,
             prefill_rows=rows[decodes : decodes + prefills].long(),
-            prefill_bounds=bounds,
+            prefill_bounds=step.query_start_loc[decodes : decodes + prefills + 1] - decode_tokens,
             num_tokens=decode_tokens + prefill_tokens,
         )
 
@@ -199,4 +198,5 @@ class PooledLightningAttention:
         width = self.state_shape[1] * len(self.pools)
         query, key, value = hidden_states.split([width, width, self.state_shape[2]], dim=-1)
         pools = [pool for state in self.pools for pool in state.kv_cache]
-        attend(metadata[self.pools[0].name], query, key, value, self.log_decay, pools, output)
+        steps = [metadata[state.name] for state in self.pools]
+        attend(steps, query, key, value, self.log_decay, pools, output)
