@@ -15,6 +15,7 @@ from benchmarks.language_modelling import (
     corpus,
     evaluation,
     everything,
+    instructions,
     length,
     plots,
     quality,
@@ -163,6 +164,30 @@ def test_recall_is_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
     (untrained,) = recall.learn(recall.Trial("llama", 64, 3e-3, steps=1))
     (trained,) = recall.learn(recall.Trial("llama", 64, 3e-3, steps=150))
     assert untrained["accuracy"] < 0.3 < 0.4 < trained["accuracy"]
+
+
+def test_passages_to_tune_on_and_to_test_with_are_apart() -> None:
+    books = {title: b" ".join(b"%s%05d" % (title.encode(), i) for i in range(4000)) for title in ("a", "b")}
+    tune, test = instructions.make_examples(books, passages=20)
+    assert len(tune) == 40
+    assert len(test) == 2 * instructions.TESTS
+    for examples, begin, end in ((tune, 0, 3601), (test, 3599, 4000)):
+        for each in examples:
+            assert len(each["input"]) == instructions.PASSAGE
+            words = each["input"].split()[1:-1]
+            assert {word[0] for word in words} == {each["output"]}
+            assert all(begin <= int(word[1:]) < end for word in words)
+
+
+def test_titles_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = [{"instruction": "?", "input": "ab", "output": title} for title in ("one", "two", "one")]
+    model, tokenizer = small_model("tnl"), byte_tokenizer()
+
+    def generate(input_ids: torch.Tensor, **_: object) -> torch.Tensor:
+        return torch.cat([input_ids, torch.tensor([[*b" one", 256]] * len(input_ids))], dim=1)
+
+    monkeypatch.setattr(model, "generate", generate)
+    assert instructions.named(model, tokenizer, examples) == pytest.approx(2 / 3)
 
 
 def test_tables_keep_runs_made_elsewhere(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import argparse
 import importlib
 import sys
 
-EXPERIMENTS = ("quality", "ablations", "length", "everything", "recall", "speed", "generation")
+EXPERIMENTS = ("quality", "ablations", "length", "everything", "recall", "instructions", "speed", "generation")
 
 
 def main() -> None:
