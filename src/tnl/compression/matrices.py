@@ -17,6 +17,8 @@ from tnl.models.tnl.matrix_network import MatrixNetwork
 
 Cuts = tuple[tuple[int, ...], ...]
 
+ALIGNED = 8  # products of matrices are several times slower on a GPU where rows are no multiple of 16 bytes
+
 KIND_OF_MODULE = {
     "embed_tokens": "embedding",
     "lm_head": "head",
@@ -97,17 +99,20 @@ class Matrix:
         m, n = self.shape
         return rank * (m + n - (rank if pinned and m > rank else 0))
 
+    def ranks(self) -> list[int]:
+        """The ranks that factors may have."""
+        return [rank for rank in range(1, min(self.shape) + 1) if aligned(rank) == rank]
+
     def rank_within(self, parameters: int, pinned: bool) -> int:
         """The largest rank whose factors need at most so many parameters (0: none)."""
-        ranks = range(1, min(self.shape) + 1)
-        return max((rank for rank in ranks if self.svd_parameters(rank, pinned) <= parameters), default=0)
+        return max((rank for rank in self.ranks() if self.svd_parameters(rank, pinned) <= parameters), default=0)
 
     def options(self, pinned: bool) -> list[Option]:
         """Dense, all truncated decompositions that are smaller, and the networks."""
         errors = self.spectrum.errors().tolist()
         dense = self.weight.numel()
         options = [Option("dense", dense, 0.0)]
-        for rank in range(1, min(self.shape) + 1):
+        for rank in self.ranks():
             parameters = self.svd_parameters(rank, pinned)
             if parameters < dense:
                 options.append(Option("svd", parameters, errors[rank], rank=rank))
@@ -123,6 +128,11 @@ class Matrix:
         if pinned:
             return pin(network, cores)
         return network, {f"core_{vertex}": core for vertex, core in enumerate(cores)}
+
+
+def aligned(rank: int) -> int:
+    """The rank, rounded down to a multiple of 8 from 16 on."""
+    return rank if rank < 2 * ALIGNED else rank // ALIGNED * ALIGNED
 
 
 def front(options: list[Option]) -> Front:

@@ -20,7 +20,7 @@ from torch import Tensor
 import tnss
 from tnl.compression.fitting import refine
 from tnl.compression.foldings import Folding, WhitenedTensor, propose_foldings
-from tnl.compression.matrices import Matrix, Option, stored
+from tnl.compression.matrices import Matrix, Option, aligned, stored
 from tnl.compression.settings import CompressSettings
 from tnl.models.tnl.matrix_network import MatrixNetwork, contract_to_matrix
 from tnss.executor import Executor
@@ -221,10 +221,11 @@ def _search(
     best = None
     allowed = [network for network in result.networks if math.isfinite(network.objective)]
     for found in sorted(allowed, key=lambda network: network.rse)[:REFINED]:
-        network = whitened.folding.network(found.structure)
-        start: list[Tensor] | None = whitened.undo([core.to(device) for core in found.cores], network)
-        if searched < budget:
-            network, start = grown(network, budget, settings.pinned), None
+        structure = whitened.folding.network(found.structure)
+        network = grown(structure, budget, settings.pinned)
+        start: list[Tensor] | None = None
+        if network == structure:
+            start = whitened.undo([core.to(device) for core in found.cores], network)
         option = fits.fit(matrix, network, start)
         if best is None or option.error < best.error:
             best = option
@@ -232,9 +233,9 @@ def _search(
 
 
 def grown(network: MatrixNetwork, budget: int, pinned: bool) -> MatrixNetwork:
-    """The network with all ranks scaled so that it just keeps to the budget."""
-    low, high = 1.0, 64.0
-    best = network
+    """The network with all ranks scaled so that it just keeps to the budget, and aligned."""
+    low, high = 0.5, 64.0
+    best = scaled_by(network, low)
     for _ in range(30):
         middle = (low + high) / 2
         candidate = scaled_by(network, middle)
@@ -287,7 +288,7 @@ def scaled(network: MatrixNetwork) -> list[MatrixNetwork]:
 
 
 def scaled_by(network: MatrixNetwork, scale: float) -> MatrixNetwork:
-    """The network with all ranks multiplied and rounded; bonds of rank 1 stay away."""
-    edges = [(u, v, max(1, round(rank * scale))) for u, v, rank in network.structure.edges]
+    """The network with all ranks multiplied, rounded and aligned; bonds of rank 1 stay away."""
+    edges = [(u, v, aligned(max(1, round(rank * scale)))) for u, v, rank in network.structure.edges]
     structure = tnss.Structure(network.structure.sizes, edges)
     return MatrixNetwork(network.shape, network.rows, network.columns, network.modes, structure)

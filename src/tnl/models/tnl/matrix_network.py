@@ -28,6 +28,8 @@ from transformers import initialization
 from tnss import Structure
 
 PLANNED_TOKENS = (1, 32, 1024, 32768)  # numbers of tokens for which a contraction path is chosen
+MOVED = 128  # multiplications that take as long as moving a number to memory and back (329 on an H200 in bfloat16)
+FEW_TOKENS = 64  # up to here a pinned core is not put together: what it multiplies is
 TOKENS = "tokens"
 
 Step = tuple[tuple[int, ...], str]  # positions of the operands that are taken, and the einsum that joins them
@@ -217,11 +219,18 @@ class TensorNetworkLinear(_NetworkModule):
         super().__init__(network, device, dtype)
         self.out_features, self.in_features = network.shape
         self._plans = [_linear_steps(network, tokens) for tokens in PLANNED_TOKENS]
+        plain = network.modes == ((0,), (1,)) and network.rows + network.columns == network.shape
+        self._is_pinned_product = plain and network.pinned == ((0, 0),)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply `[..., in_features]`; the contraction path is the cheapest one for the number of tokens."""
         network = self.network
         flat = x.reshape(-1, self.in_features)
+        if self._is_pinned_product and flat.shape[0] <= FEW_TOKENS:
+            stored, right = self.cores
+            first = F.linear(flat, right)
+            output = torch.cat([first, F.linear(first, stored)], -1).index_select(-1, self.get_buffer("order_0"))
+            return output.reshape(*x.shape[:-1], self.out_features)
         padding = math.prod(network.columns) - self.in_features
         if padding:
             flat = F.pad(flat, (0, padding))
@@ -351,8 +360,9 @@ def _embedding_steps(network: MatrixNetwork, tokens: int) -> tuple[Step, ...]:
 
 @functools.cache
 def _steps(equation: str, shapes: tuple[tuple[int, ...], ...]) -> tuple[Step, ...]:
-    """The cheapest order of joining two operands at a time, by multiplications."""
-    _, report = opt_einsum.contract_path(equation, *shapes, shapes=True)
+    """The cheapest order of joining two operands at a time, by multiplications and numbers moved."""
+    optimize = opt_einsum.DynamicProgramming(minimize=f"combo-{MOVED}")
+    _, report = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=optimize)
     return tuple((tuple(step[0]), step[2]) for step in report.contraction_list)
 
 
