@@ -1,8 +1,9 @@
 """Speed of generation in bfloat16: prefill and decode apart, against length and batch, TNL and LLaMA.
 
 A decode step is set beside the time in which the device reads the weights of all matrices once. TNL decodes as
-`tnl generate` does, few rows with `fused` kernels and many with the model's modules `captured` in a CUDA graph; `fused
-in turn` starts each kernel after the one before it, `modules` captures nothing. LLaMA decodes over
+`tnl generate` does, one row in one kernel a `step`, few rows with five `fused` kernels a layer and many with the
+model's modules `captured` in a CUDA graph; `fused in turn` starts each kernel after the one before it, `modules`
+captures nothing. LLaMA decodes over
 keys and values of exactly the prompt's length, with the quickest of PyTorch's attention implementations, captured in a
 CUDA graph as well.
 """
@@ -57,10 +58,10 @@ class Case:
 def full_cases() -> Iterator[Case]:
     """The most telling first; sizes change seldom, since each change makes new models."""
     for size in ("385m", "1b"):
-        for implementation in ("captured", "fused in turn", "fused", "modules"):
+        for implementation in ("step", "captured", "fused in turn", "fused", "modules"):
             yield Case("decode", "tnl", size, implementation)
         for tokens in (32 * K, 512 * K):
-            yield Case("decode", "tnl", size, "fused", tokens=tokens)
+            yield Case("decode", "tnl", size, "step", tokens=tokens)
         for batch in (4, 16, 64, 256):
             yield Case("decode", "tnl", size, "captured", batch)
         yield Case("decode", "tnl", size, "fused", 4)
@@ -182,11 +183,12 @@ def decode_tnl(model: Any, case: Case) -> Row:
     cache = TnlCache(model.config)
     _, position = prefill(model, tokens, torch.ones_like(tokens), cache)
     if case.implementation == "modules":
-        decoder = TnlDecoder(model, case.batch, fused=False, capture=False)
+        decoder = TnlDecoder(model, case.batch, kernels="modules", capture=False)
     else:
         in_turn = mock.patch.object(decode_triton, "_dependent_launch", return_value=False)
         with in_turn if case.implementation == "fused in turn" else nullcontext():
-            decoder = TnlDecoder(model, case.batch, fused=case.implementation.startswith("fused"))
+            kernels = {"step": "step", "captured": "modules"}.get(case.implementation, "layers")
+            decoder = TnlDecoder(model, case.batch, kernels=kernels)
     decoder.load(cache, position)
     following = tokens[:, -1]
     logits = decoder.step(following).float()
