@@ -40,7 +40,10 @@ def test_search_finds_what_a_decomposition_cannot_store(tmp_path: Path) -> None:
     best = min((finding for finding, option in found if option is not None), key=lambda finding: finding.error)
     assert best.error < 0.2 * best.svd_error
     assert best.parameters <= 1.12 * budget
-    (kept,) = structures.worth_fitting(found)
+    best_of_all = structures.worth_fitting(found)
+    assert best_of_all is not None
+    kept, ratio = best_of_all
+    assert ratio < 0.2
     again = fits.fit(matrix, kept)
     assert again.parameters == stored(kept, pinned=True)
     for finding, option in found:
@@ -64,10 +67,12 @@ def test_a_folding_that_cannot_win_is_not_searched(tmp_path: Path) -> None:
 def test_scaling_ranks() -> None:
     doubled = structures.scaled_by(GRAPH, 2.0)
     assert doubled.structure.edges == ((0, 1, 4), (0, 2, 4), (1, 2, 6))
-    assert GRAPH in structures.scaled(GRAPH)
     for budget in (200, 1000):
         grown = structures.grown(GRAPH, budget, pinned=True)
         assert stored(GRAPH, True) <= stored(grown, True) <= budget
+    sizes = [stored(network, True) for network in structures.family(GRAPH, True)]
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] <= 0.9 * 24 * 16
     assert structures.unknowns(GRAPH) == 6
 
 

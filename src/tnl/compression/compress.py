@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 import tnss
 from tnl.compression.allocation import allocate
 from tnl.compression.fixed import fixed_network
-from tnl.compression.matrices import Matrix, Option, dense_state, find_matrices, front, meaningful_cuts
+from tnl.compression.matrices import Matrix, Option, dense_state, find_matrices, front, meaningful_cuts, stored
 from tnl.compression.metric import Metric
 from tnl.compression.moments import Moments, combined, gather_moments
 from tnl.compression.report import write_report
@@ -31,10 +31,10 @@ from tnl.compression.spread import Call, spread
 from tnl.compression.structures import (
     Finding,
     Fits,
+    family,
     finish_option,
     fit_network,
     foldings_of,
-    scaled,
     search_structures,
     worth_fitting,
 )
@@ -45,6 +45,7 @@ from tnl.training.data import describe_source
 from tnl.training.model import choose_device, find_model_folder, load_model, save_model
 
 BATCH_TOKENS = 4096  # of calibration and measuring
+AROUND = (0.85, 1.0, 1.15)  # budgets around the wanted one at which networks are looked for
 MEASURED_SHARE = 4  # calibration tokens for each token on which quality is measured
 
 
@@ -98,7 +99,7 @@ def compress(settings: CompressSettings) -> Path:
         moments = second_moments(job, list(names), calibration)
         matrices = describe_matrices(job, names, moments)
         fits = Fits(job.work, job.identity, settings)
-        findings = add_networks(job, fits, matrices)
+        findings = add_networks(job, fits, matrices, budget)
         chosen = choose(job, matrices, budget)
         with job.task("finishing", len(matrices)) as advance:
             calls: list[Call] = [(finish_option, m, (fits, o)) for m, o in zip(matrices, chosen, strict=True)]
@@ -218,7 +219,7 @@ def describe_matrices(job: Job, names: dict[str, str], moments: dict[str, Moment
     return matrices
 
 
-def add_networks(job: Job, fits: Fits, matrices: list[Matrix]) -> list[Finding]:
+def add_networks(job: Job, fits: Fits, matrices: list[Matrix], budget: int) -> list[Finding]:
     """Fit networks to the matrices, as the method says; what was found on the way."""
     settings = job.settings
     if settings.method in ("ring", "train"):
@@ -243,13 +244,40 @@ def add_networks(job: Job, fits: Fits, matrices: list[Matrix]) -> list[Finding]:
     found: dict[str, list[tuple[Finding, Option | None]]] = {key: [] for key in groups}
     for number, (key, _) in enumerate(pairs):
         found[key].append(results[number])
-    wanted = []
+    choices: list[tuple[Matrix, MatrixNetwork, float]] = []
     for key, members in groups.items():
         searched[key].networks += [option for _, option in found[key] if option is not None]
-        family = [network for good in worth_fitting(found[key]) for network in scaled(good)]
-        wanted += [(matrix, network) for matrix in members for network in family]
-    fit_networks(job, fits, wanted)
+        best = worth_fitting(found[key])
+        if best is not None:
+            network, ratio = best
+            choices += [(matrix, sized, ratio) for matrix in members for sized in family(network, settings.pinned)]
+    fit_networks(job, fits, promising(settings, matrices, choices, budget))
     return [finding for of_kind in found.values() for finding, _ in of_kind]
+
+
+def promising(
+    settings: CompressSettings, matrices: list[Matrix], choices: list[tuple[Matrix, MatrixNetwork, float]], budget: int
+) -> list[tuple[Matrix, MatrixNetwork]]:
+    """The networks that an allocation would choose at about this budget, were they as good as expected.
+
+    Args:
+        settings: How parameters are spent.
+        matrices: All matrices.
+        choices: A matrix, a network for it, and the error to expect over that of a decomposition of the same size.
+        budget: Parameters.
+    """
+    expected: dict[str, list[Option]] = {matrix.name: matrix.options(settings.pinned) for matrix in matrices}
+    for matrix, network, ratio in choices:
+        size = stored(network, settings.pinned)
+        error = ratio * float(matrix.spectrum.errors()[matrix.rank_within(size, settings.pinned)])
+        expected[matrix.name].append(Option("network", size, error, network=network))
+    wanted: dict[tuple[str, MatrixNetwork], Matrix] = {}
+    for share in AROUND:
+        chosen = spend(settings, matrices, list(expected.values()), int(share * budget), share * settings.budget)
+        for matrix, option in zip(matrices, chosen, strict=True):
+            if option.network is not None and not option.cores:
+                wanted[matrix.name, option.network] = matrix
+    return [(matrix, network) for (_, network), matrix in wanted.items()]
 
 
 def fit_networks(job: Job, fits: Fits, wanted: list[tuple[Matrix, MatrixNetwork]]) -> None:
@@ -275,13 +303,20 @@ def choose(job: Job, matrices: list[Matrix], budget: int) -> list[Option]:
     options = [matrix.options(settings.pinned) for matrix in matrices]
     if settings.method in ("ring", "train"):  # the fixed network, or a decomposition where there is no room for one
         options = [matrix.networks or choices for matrix, choices in zip(matrices, options, strict=True)]
+    return spend(settings, matrices, options, budget, settings.budget)
+
+
+def spend(
+    settings: CompressSettings, matrices: list[Matrix], options: list[list[Option]], budget: int, share: float
+) -> list[Option]:
+    """An option for each matrix: within the budget together, or each within the same share of its parameters."""
     if settings.allocation == "pareto" and settings.method in ("search", "svd"):
         picks = allocate([front(choices) for choices in options], budget)
         return [choices[pick] for choices, pick in zip(options, picks, strict=True)]
     chosen = []
     for matrix, choices in zip(matrices, options, strict=True):
-        share = max(int(settings.budget * matrix.weight.numel()), min(option.parameters for option in choices))
-        chosen.append(min((o for o in choices if o.parameters <= share), key=lambda o: o.error))
+        most = max(int(share * matrix.weight.numel()), min(option.parameters for option in choices))
+        chosen.append(min((o for o in choices if o.parameters <= most), key=lambda o: o.error))
     return chosen
 
 

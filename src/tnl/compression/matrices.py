@@ -131,8 +131,8 @@ class Matrix:
 
 
 def aligned(rank: int) -> int:
-    """The rank, rounded down to a multiple of 8 from 16 on."""
-    return rank if rank < 2 * ALIGNED else rank // ALIGNED * ALIGNED
+    """The rank, rounded down to a multiple of 8 from 32 on."""
+    return rank if rank < 4 * ALIGNED else rank // ALIGNED * ALIGNED
 
 
 def front(options: list[Option]) -> Front:

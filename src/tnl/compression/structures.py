@@ -1,9 +1,9 @@
 """Structures for the matrices of a kind: searched on one of them, fitted to all.
 
 On one matrix every folding that could beat truncated singular value decomposition is searched by `tnss` in the metric
-that its cores can absorb; the best structures are fitted again in the true metric. What is then not clearly worse
-than a decomposition of the same size is fitted to the other matrices of the kind, with all ranks also scaled down and
-up, so that the budget can be spent in several ways.
+that its cores can absorb; the best structures are fitted again in the true metric. If the best of a kind is not
+clearly worse than a decomposition of the same size, it is a choice for all matrices of the kind, in many sizes: all
+ranks scaled down and up.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from tnl.compression.settings import CompressSettings
 from tnl.models.tnl.matrix_network import MatrixNetwork, contract_to_matrix
 from tnss.executor import Executor
 
-SCALES = (0.7, 1.4)  # of the ranks of a structure that was found, beside 1
+SHARES = (0.06, 0.1, 0.15, 0.2, 0.27, 0.35, 0.43, 0.51, 0.6, 0.7, 0.8, 0.9)  # of a matrix: sizes of a structure
 COMPLETE_ORDER = 4  # up to this order any graph is searched, above it rings
 LARGEST_RANK = 128
 # Budgets at which a decomposition has a larger rank are searched at this one, and scaled up.
@@ -34,7 +34,6 @@ SEARCHED_RANK = {"cpu": 64, "cuda": 256}
 MOST_UNKNOWNS = {"cpu": 1600, "cuda": 6000}
 REFINED = 2  # structures of a search that are fitted in the true metric
 WORTH_FITTING = 1.1  # times the error of a decomposition of the same size
-KEPT = 1  # structures of a kind that are fitted to all of its matrices
 START_SHARE = 0.3  # norm of a random network over that of the matrix
 
 
@@ -234,7 +233,7 @@ def _search(
 
 def grown(network: MatrixNetwork, budget: int, pinned: bool) -> MatrixNetwork:
     """The network with all ranks scaled so that it just keeps to the budget, and aligned."""
-    low, high = 0.5, 64.0
+    low, high = 1 / 64, 64.0
     best = scaled_by(network, low)
     for _ in range(30):
         middle = (low + high) / 2
@@ -274,17 +273,17 @@ def _finding(
     )  # fmt: skip
 
 
-def worth_fitting(found: list[tuple[Finding, Option | None]]) -> list[MatrixNetwork]:
-    """The structures of a kind that go on to all of its matrices: the best against decompositions of their size."""
-    hopeful = [(finding.error / finding.svd_error, option) for finding, option in found if option is not None]
-    hopeful = [pair for pair in hopeful if pair[0] < WORTH_FITTING]
-    best = sorted(hopeful, key=lambda pair: pair[0])[:KEPT]
-    return [option.network for _, option in best if option.network is not None]
+def worth_fitting(found: list[tuple[Finding, Option | None]]) -> tuple[MatrixNetwork, float] | None:
+    """The structure of a kind that goes on to all of its matrices, and its error over that of a decomposition."""
+    pairs = [(finding.error / finding.svd_error, option) for finding, option in found if option is not None]
+    ratio, best = min(pairs, key=lambda pair: pair[0], default=(math.inf, None))
+    return (best.network, ratio) if ratio < WORTH_FITTING and best is not None and best.network is not None else None
 
 
-def scaled(network: MatrixNetwork) -> list[MatrixNetwork]:
-    """The network and the same with all ranks scaled."""
-    return list(dict.fromkeys([network, *(scaled_by(network, scale) for scale in SCALES)]))
+def family(network: MatrixNetwork, pinned: bool) -> list[MatrixNetwork]:
+    """The network in many sizes."""
+    m, n = network.shape
+    return list(dict.fromkeys(grown(network, int(share * m * n), pinned) for share in SHARES))
 
 
 def scaled_by(network: MatrixNetwork, scale: float) -> MatrixNetwork:
