@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-START_SECONDS = 300
+START_SECONDS = 600
 
 
 class Server:
