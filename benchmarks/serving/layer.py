@@ -68,7 +68,6 @@ def describe(sizes: Sizes, rows: Tensor, device: str) -> PooledStep:
         decode_rows=rows[: sizes.decodes].int().to(device),
         prefill_rows=rows[sizes.decodes : sizes.decodes + len(sizes.prefills)].to(device),
         prefill_bounds=lengths.cumsum(0, dtype=torch.int32).to(device),
-        prefill_order=lengths[1:].argsort(descending=True).int().to(device),
         num_tokens=sizes.tokens,
     )
 

@@ -25,15 +25,12 @@ class PooledStep:
         decode_rows: Row of each decode, `[decodes]` int32, each at most once; negative for padding.
         prefill_rows: Row of each prefill, `[prefills]` int64, each at most once.
         prefill_bounds: Boundaries of the prefills in the tokens after the decodes, `[prefills + 1]` int32, from 0.
-        prefill_order: The prefills from the longest to the shortest, `[prefills]` int32: on a GPU the longest begin
-            first, so that none of them is what all wait for.
         num_tokens: Tokens of the step; what comes after them is padding and is left alone.
     """
 
     decode_rows: Tensor
     prefill_rows: Tensor
     prefill_bounds: Tensor
-    prefill_order: Tensor
     num_tokens: int
 
 
@@ -71,9 +68,10 @@ def attend(
         prefill = _prefill_copied
         if backend == "triton":
             from tnl.serving.pooled_triton import prefill
+        rows = [step.prefill_rows for step in steps]
         call_on_device(
-            prefill, query[tokens], key[tokens], value[tokens], log_decay, pools,
-            [step.prefill_rows for step in steps], steps[0].prefill_bounds, steps[0].prefill_order, output[tokens],
+            prefill, query[tokens], key[tokens], value[tokens], log_decay, pools, rows, steps[0].prefill_bounds,
+            output[tokens],
         )  # fmt: skip
 
 
@@ -107,7 +105,6 @@ def _prefill_copied(
     pools: Sequence[Tensor],
     rows: Sequence[Tensor],
     cu_seqlens: Tensor,
-    order: Tensor,
     output: Tensor,
 ) -> None:
     """What :func:`tnl.serving.pooled_triton.prefill` does in place, with copies of the states."""

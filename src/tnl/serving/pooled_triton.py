@@ -36,12 +36,12 @@ def choose_prefill_tiles(parts: int, width: int, dtype: torch.dtype, exact: bool
 
 @triton.jit(do_not_specialize=["T", "H", "sequences", "segment", "lead", "per_sequence", "items"])
 def _prefill_kernel(
-    Q, K, V, OUT, LOG_DECAY, POOL, SECOND_POOL, ROWS, SECOND_ROWS, CU_SEQLENS, ORDER, FLAGS,
+    Q, K, V, OUT, LOG_DECAY, POOL, SECOND_POOL, ROWS, SECOND_ROWS, CU_SEQLENS, FLAGS,
     T, H, sequences, segment, lead, per_sequence, items, pool_row, out_token, D, E,
     PARTS: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """As the forward kernel of :mod:`tnl.ops.lightning_triton`.
+    """As the forward kernel of :mod:`tnl.ops.lightning_triton`, whose order of programs it has.
 
     A state is read by the programs that write it, each its own columns, before they do: one row serves as both.
     """
@@ -51,12 +51,10 @@ def _prefill_kernel(
         ticket = tl.atomic_add(FLAGS, 1, sem="relaxed")
     column_block = ticket % blocks
     head = (ticket // blocks) % H
-    item = ticket // (blocks * H)
-    if PACKED and not SPLIT:
-        item = tl.load(ORDER + item)
     sequence, begin, end, index, is_last = _locate(
-        item, CU_SEQLENS, T, segment, lead, sequences, per_sequence, items, False, PACKED, SPLIT, BLOCK_T
-    )
+        ticket // (blocks * H), CU_SEQLENS, T, segment, lead, sequences, per_sequence, items,
+        False, PACKED, SPLIT, BLOCK_T,
+    )  # fmt: skip
     if sequence < 0:
         return
     state = POOL + tl.load(ROWS + sequence).to(tl.int64) * pool_row + head.to(tl.int64) * E * E
@@ -83,7 +81,6 @@ def prefill(
     pools: Sequence[Tensor],
     rows: Sequence[Tensor],
     cu_seqlens: Tensor,
-    order: Tensor,
     output: Tensor,
 ) -> None:
     """Let the tokens of R requests attend to all that their requests have read; move the states on.
@@ -96,7 +93,6 @@ def prefill(
         pools: One or two ``[P, H, E, E]`` float32 of the same strides, heads without gaps; updated in place.
         rows: In each of the pools, ``[R]`` of the same type, each at most once.
         cu_seqlens: ``[R + 1]``, from 0 to N.
-        order: ``[R]`` int32, the requests in the order in which their programs should begin.
         output: ``[N, H, E]``, heads without gaps; written in place.
     """
     q, k, v = _aligned(query[None]), _aligned(key[None]), _aligned(value[None])
@@ -117,7 +113,7 @@ def prefill(
         tuple(
             _descriptor(x, tiles.tokens, width, cut.packed) for x, width in ((q, block_d), (k, block_d), (v, block_c))
         ),
-        (output, _or(log_decay, output), pools[0], pools[-1], rows[0], rows[-1], cu_seqlens, order, _or(flags, output)),
+        (output, _or(log_decay, output), pools[0], pools[-1], rows[0], rows[-1], cu_seqlens, _or(flags, output)),
         (tokens, heads, cut.sequences, cut.segment, cut.lead, cut.per_sequence, cut.items),
         (pools[0].stride(0), output.stride(0), D, E),
         (len(pools), decay, cut.packed, cut.split, precision, tiles.tokens, block_d, block_c),

@@ -118,13 +118,10 @@ class LightningMetadataBuilder(AttentionMetadataBuilder[PooledStep]):
         # What pads a CUDA graph has no tokens, or vLLM's null block; it shall read and write no row.
         padding = (step.seq_lens[:decodes] == 0) | (rows[:decodes] == NULL_BLOCK_ID)
         decode_rows.copy_(rows[:decodes].masked_fill(padding, -1))
-        lengths = step.query_start_loc_cpu[decodes : decodes + prefills + 1].diff()
-        order = lengths.argsort(descending=True).int().to(rows.device, non_blocking=True)
         return PooledStep(
             decode_rows=decode_rows,
             prefill_rows=rows[decodes : decodes + prefills].long(),
             prefill_bounds=step.query_start_loc[decodes : decodes + prefills + 1] - decode_tokens,
-            prefill_order=order,
             num_tokens=decode_tokens + prefill_tokens,
         )
 
