@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,36 +23,40 @@ if TYPE_CHECKING:
     from benchmarks.compression.worker import Place
 
 POLL_SECONDS = 1.0
-SPEED_SECONDS = 75.0  # kept for measuring speed at the end
+ACTIONS = ("compress", "heal")
 SPEED_COLUMNS = ("tokens_per_second", "decoded_tokens_per_second", "memory_gib")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compression", description=__doc__)
-    parser.add_argument("action", nargs="?", choices=["run", "plot", "case", "speed"], default="run")
+    parser.add_argument("action", nargs="?", choices=["run", "plot", *ACTIONS, "speed"], default="run")
     parser.add_argument("--scale", choices=list(SCALES), default="gpu")
     parser.add_argument("--work", type=Path, required=False, default=REPOSITORY / "runs" / "compression")
     parser.add_argument("--output", type=Path, default=RESULTS / "compression")
     parser.add_argument("--gpus", default="0", help="numbers of GPUs, with commas")
-    parser.add_argument("--slots", type=int, default=1, help="cases at the same time on each GPU")
+    parser.add_argument("--slots", type=int, default=1, help="processes at the same time on each GPU")
     parser.add_argument("--seconds", type=float, default=540.0)
+    parser.add_argument("--speed_seconds", type=float, default=75.0, help="of them kept for measuring speed at the end")
     parser.add_argument("--methods", help="names of methods, with semicolons; all by default")
     parser.add_argument("--budgets", help="shares, with commas; all by default")
-    parser.add_argument("--case", type=int, help="for `case`: its number")
+    parser.add_argument("--case", type=int, help="for `compress` and `heal`: number of the case")
+    parser.add_argument("--part", default="0/1", help="for `speed`: which part of the cases, of how many")
     options = parser.parse_args()
     scale = SCALES[options.scale]
     if options.action == "plot":
         from benchmarks.compression.plots import draw
 
         draw(options.output)
-    elif options.action == "case":
-        from benchmarks.compression.worker import run_case
+    elif options.action in ACTIONS:
+        from benchmarks.compression import worker
 
-        run_case(CASES[options.case], scale, place_of(options.work))
+        run_action = worker.compress_case if options.action == "compress" else worker.heal_case
+        run_action(CASES[options.case], scale, place_of(options.work))
     elif options.action == "speed":
         from benchmarks.compression.worker import measure_speed
 
-        measure_speed(CASES, scale, place_of(options.work))
+        part, parts = options.part.split("/")
+        measure_speed(CASES[int(part) :: int(parts)], scale, place_of(options.work))
     else:
         run(options, scale)
 
@@ -62,32 +67,72 @@ def run(options: argparse.Namespace, scale: Scale) -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     gpus = options.gpus.split(",")
     train(options.work, scale, gpus[0])
-    waiting = [case for case in CASES if is_wanted(case, options) and not is_done(case, options.work)]
-    slots = [f"{gpu}.{slot}" for slot in range(options.slots) for gpu in gpus]
-    running: dict[str, tuple[subprocess.Popen[bytes], Case]] = {}
-    while (waiting or running) and time.monotonic() < deadline - SPEED_SECONDS:
+    work_through(options, gpus, deadline - options.speed_seconds)
+    # Alone on each GPU, when all else is over.
+    place = ["--scale", options.scale, "--work", str(options.work)]
+    processes = [
+        launch(["speed", *place, "--part", f"{part}/{len(gpus)}"], options.work / "logs" / f"speed-{part}.txt", gpu)
+        for part, gpu in enumerate(gpus)
+    ]
+    for process in processes:
+        try:
+            process.wait(max(1.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            print("speed: out of time", flush=True)
+    write_table(options)
+
+
+def work_through(options: argparse.Namespace, gpus: list[str], until: float) -> None:
+    """Run the tasks of all cases, each as soon as a slot is free for it.
+
+    Fits wait for many small results, which takes long beside training on the same GPU: of several GPUs the second
+    half is for healing alone, the first heals when there is nothing more to compress.
+    """
+    waiting = [task for case in CASES if is_wanted(case, options) for task in tasks_of(case, options.work)]
+    slots = [(gpu, slot) for slot in range(options.slots) for gpu in gpus]
+    healing = set(gpus[(len(gpus) + 1) // 2 :])
+    running: dict[tuple[str, int], tuple[subprocess.Popen[bytes], Task]] = {}
+    while (waiting or running) and time.monotonic() < until:
         for slot in slots:
             if slot in running and running[slot][0].poll() is not None:
-                process, case = running.pop(slot)
-                print(f"{case.name}: exit code {process.returncode}", flush=True)
-            if slot not in running and waiting:
-                case = waiting.pop(0)
-                running[slot] = start(case, options, slot.partition(".")[0]), case
+                process, task = running.pop(slot)
+                print(f"{task.action} {task.case.name}: exit code {process.returncode}", flush=True)
+            if slot not in running:
+                compressing = any(task.action == "compress" for task in waiting)
+                wanted = ["heal"] if slot[0] in healing else ["compress"] if healing and compressing else list(ACTIONS)
+                ready = (task for task in waiting if task.action in wanted and task.is_ready(options.work))
+                following = next(ready, None)
+                if following is not None:
+                    waiting.remove(following)
+                    running[slot] = start(following, options, slot[0]), following
         write_table(options)
+        if not running:  # what is left waits for cases that failed
+            break
         time.sleep(POLL_SECONDS)
-    for process, case in running.values():
+    for process, task in running.values():
         process.kill()
         process.wait()
-        print(f"{case.name}: out of time", flush=True)
+        print(f"{task.action} {task.case.name}: out of time", flush=True)
     write_table(options)
-    # Alone on the GPU, when all else is over.
-    place = ["--scale", options.scale, "--work", str(options.work)]
-    try:
-        left = max(1.0, deadline - time.monotonic())
-        command("benchmarks.compression", "speed", *place, gpu=gpus[0], timeout=left)
-    except subprocess.TimeoutExpired:
-        print("speed: out of time", flush=True)
-    write_table(options)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one process does: `compress` a case, or `heal` it when that is done."""
+
+    action: str
+    case: Case
+
+    def is_ready(self, work: Path) -> bool:
+        """Whether what it needs is there."""
+        return self.action == "compress" or (work / "rows" / f"{self.case.name}.0.json").exists()
+
+
+def tasks_of(case: Case, work: Path) -> list[Task]:
+    """What is left to do for a case."""
+    rows = (work / "rows" / f"{case.name}.{number}.json" for number in range(len(ACTIONS)))
+    return [Task(action, case) for action, row in zip(ACTIONS, rows, strict=True) if not row.exists()]
 
 
 def train(work: Path, scale: Scale, gpu: str) -> None:
@@ -117,13 +162,19 @@ def command(*arguments: str, gpu: str, timeout: float | None = None) -> None:
     print(f"{arguments[1]}: {time.monotonic() - started:.0f} s", flush=True)
 
 
-def start(case: Case, options: argparse.Namespace, gpu: str) -> "subprocess.Popen[bytes]":
-    """A process for one case, with its log beside its folder."""
-    (options.work / "logs").mkdir(exist_ok=True)
-    log = (options.work / "logs" / f"{case.name}.txt").open("wb")
-    arguments = ["case", "--scale", options.scale, "--work", str(options.work), "--case", str(CASES.index(case))]
+def start(task: Task, options: argparse.Namespace, gpu: str) -> "subprocess.Popen[bytes]":
+    """A process for one task."""
+    arguments = [task.action, "--scale", options.scale, "--work", str(options.work)]
+    log = options.work / "logs" / f"{task.case.name}-{task.action}.txt"
+    return launch([*arguments, "--case", str(CASES.index(task.case))], log, gpu)
+
+
+def launch(arguments: list[str], log: Path, gpu: str) -> "subprocess.Popen[bytes]":
+    """This benchmark with other arguments, its output in a file."""
+    log.parent.mkdir(exist_ok=True)
     call = [sys.executable, "-m", "benchmarks.compression", *arguments]
-    return subprocess.Popen(call, stdout=log, stderr=subprocess.STDOUT, env=environment(gpu))
+    with log.open("wb") as file:
+        return subprocess.Popen(call, stdout=file, stderr=subprocess.STDOUT, env=environment(gpu))
 
 
 def place_of(work: Path) -> "Place":
@@ -138,10 +189,6 @@ def is_wanted(case: Case, options: argparse.Namespace) -> bool:
     methods = options.methods.split(";") if options.methods else None
     budgets = [float(budget) for budget in options.budgets.split(",")] if options.budgets else None
     return (methods is None or case.method in methods) and (budgets is None or case.budget in budgets)
-
-
-def is_done(case: Case, work: Path) -> bool:
-    return (work / "rows" / f"{case.name}.1.json").exists()
 
 
 def write_table(options: argparse.Namespace) -> None:

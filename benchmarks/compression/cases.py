@@ -102,7 +102,7 @@ GPU = Scale(
         "evaluations": 4,
         "iterations": 160,
         "executor": "joblib",
-        "workers": 12,
+        "workers": 4,
     },
 )
 CPU = Scale(

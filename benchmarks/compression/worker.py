@@ -59,31 +59,46 @@ def machine() -> Row:
     return {"device": device, "torch": torch.__version__, "transformers": version("transformers")}
 
 
-def run_case(case: Case, scale: Scale, place: Place) -> None:
-    """Compress, measure, heal and measure again; rows go to `rows/` of the work folder as they are known."""
-    folder = place.work / "cases" / case.name
-    started = time.perf_counter()
-    model_folder = find_model_folder(str(place.model))
+def compress_case(case: Case, scale: Scale, place: Place) -> None:
+    """Compress and measure; the row goes to `rows/` of the work folder."""
+    model_folder, started = find_model_folder(str(place.model)), time.perf_counter()
     if case.method != ORIGINAL:
         settings = dict(scale.compression) | case.settings
-        # Cases of one weighting and size share second moments, searches and fits.
+        folder = place.work / "cases" / case.name
         compress(
             CompressSettings(
                 model=str(model_folder), output=str(folder), data=place.calibration, held_out=place.held_out, **settings
             )
         )
         model_folder = folder / "model"
-    seconds = time.perf_counter() - started
-    about: Row = {"method": case.method, "budget": case.budget, "compress_seconds": round(seconds, 1)}
-    write(place, f"{case.name}.0", measure(model_folder, scale, place, about | {"healing_steps": 0, "healing_rate": 0}))
+    seconds = round(time.perf_counter() - started, 1)
+    write(place, f"{case.name}.0", measure(model_folder, scale, place, about(case, seconds, 0, 0.0)))
+
+
+def heal_case(case: Case, scale: Scale, place: Place) -> None:
+    """Heal at each of the rates and measure; the best row goes to `rows/` of the work folder."""
+    first = json.loads((place.work / "rows" / f"{case.name}.0.json").read_text())
+    folder = place.work / "cases" / case.name
+    source = find_model_folder(str(place.model)) if case.method == ORIGINAL else folder / "model"
     steps = max(1, round(HEALING_SHARE * scale.steps))
     best: Row | None = None
     for rate in HEALING_LEARNING_RATES:
-        healed = heal(model_folder, folder / f"healed-{rate}", steps, rate, scale, place)
-        row = measure(healed, scale, place, about | {"healing_steps": steps, "healing_rate": rate})
+        healed = heal(source, folder / f"healed-{rate}", steps, rate, scale, place)
+        row = measure(healed, scale, place, about(case, first["compress_seconds"], steps, rate))
         if best is None or row["bits_per_byte"] < best["bits_per_byte"]:
             best = row
             write(place, f"{case.name}.1", row)
+
+
+def about(case: Case, seconds: float, steps: int, rate: float) -> Row:
+    """The first columns of a row."""
+    return {
+        "method": case.method,
+        "budget": case.budget,
+        "compress_seconds": seconds,
+        "healing_steps": steps,
+        "healing_rate": rate,
+    }
 
 
 def heal(model: Path, output: Path, steps: int, rate: float, scale: Scale, place: Place) -> Path:
@@ -114,13 +129,13 @@ def heal(model: Path, output: Path, steps: int, rate: float, scale: Scale, place
     return trained
 
 
-def measure(folder: Path, scale: Scale, place: Place, about: Row) -> Row:
+def measure(folder: Path, scale: Scale, place: Place, first: Row) -> Row:
     """Quality in float32 and after rounding to int8, and size."""
     device = choose_device("auto")
     model, tokenizer = load_model(str(folder), device, "float32")
     rows = held_out_rows(tokenizer, scale, place)
     batch = max(1, 8192 // scale.sequence_length)
-    row = about | sizes(model)
+    row = first | sizes(model)
     row["bits_per_byte"] = bits_per_byte(model, rows, batch, lambda _: None)
     with rounded_to_int8(model):
         row["bits_per_byte_int8"] = bits_per_byte(model, rows, batch, lambda _: None)

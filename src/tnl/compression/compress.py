@@ -101,11 +101,7 @@ def compress(settings: CompressSettings) -> Path:
         fits = Fits(job.work, job.identity, settings)
         findings = add_networks(job, fits, matrices, budget)
         chosen = choose(job, matrices, budget)
-        with job.task("finishing", len(matrices)) as advance:
-            calls: list[Call] = [(finish_option, m, (fits, o)) for m, o in zip(matrices, chosen, strict=True)]
-            for place, option in spread(calls, workers_of(settings)):
-                chosen[place] = option
-                advance(1)
+        finish(job, fits, matrices, chosen)
         before = measure(job, job.model, measured, "measuring the original")
         model = build(job, matrices, chosen)
         after = measure(job, model, measured, "measuring the compressed")
@@ -290,6 +286,16 @@ def fit_networks(job: Job, fits: Fits, wanted: list[tuple[Matrix, MatrixNetwork]
             advance(1)
     for number, (matrix, _) in enumerate(wanted):  # in the order of the calls, so that a run can be repeated
         matrix.networks.append(options[number])
+
+
+def finish(job: Job, fits: Fits, matrices: list[Matrix], chosen: list[Option]) -> None:
+    """Fit the networks that were chosen to the end, in place."""
+    places = [place for place, option in enumerate(chosen) if option.network is not None]
+    calls: list[Call] = [(finish_option, matrices[place], (fits, chosen[place])) for place in places]
+    with job.task("finishing", len(calls)) as advance:
+        for number, option in spread(calls, workers_of(job.settings)):
+            chosen[places[number]] = option
+            advance(1)
 
 
 def workers_of(settings: CompressSettings) -> int:

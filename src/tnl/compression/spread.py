@@ -17,7 +17,7 @@ def spread(calls: Sequence[Call], workers: int) -> Iterator[tuple[int, Any]]:
         calls: The calls; functions of a module, not of a class.
         workers: Processes, each with one thread; 1 makes the calls in this one.
     """
-    if workers == 1:
+    if workers == 1 or len(calls) <= 1:
         for number, (function, matrix, others) in enumerate(calls):
             yield number, function(matrix, *others)
         return

@@ -106,9 +106,8 @@ class Fits:
         return Option("network", stored(network, self.settings.pinned), error, network=network, cores=kept)
 
     def finish(self, matrix: Matrix, option: Option) -> Option:
-        """The option that was chosen, fitted to the end where it is a network."""
-        if option.network is None:
-            return option
+        """The network that was chosen, fitted to the end."""
+        assert option.network is not None
         return self.fit(matrix, option.network, list(option.cores), to_the_end=True)
 
 
