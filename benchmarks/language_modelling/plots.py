@@ -13,11 +13,12 @@ from benchmarks.language_modelling.runs import Row, read_rows
 DOCS = REPOSITORY / "docs"
 PAGE = DOCS / "quality.md"
 DEFAULTS = {"learning_rate": 2e-3}
-CURVES = 8  # runs that the plot of learning curves shows, the first ones of the table
+# Runs that the plots of learning curves show, as far as they are there.
+CURVES = ("tnl", "tnl-rate-1e-3", "tnl-10-heads", "hybrid", "llama", "llama-rate-1e-3", "gated-delta-net")
 BASE = "base"
 POSITIONS = {"quality": "45m", "length": "10m", "ablations": "10m"}  # tables of scores by position, and their sizes
 LONG_READERS = {"45m": ("tnl", "tnl-seed-1", "tnl-10-heads"), "10m": ("tnl-512", "tnl-2048", "tnl-8192", "tnl-65536")}
-REFERENCE = "llama"  # of either size, reading windows of 2,048
+REFERENCES = {"45m": "llama", "10m": "llama-2048"}  # reading windows of 2,048
 FIRST_POSITION = 16384  # before it there is too little text to tell models apart
 SCORES = {f"{split}_{way}": f"{split} {way}" for split in ("validation", "test") for way in (512, 2048, 8192, "stream")}
 
@@ -58,6 +59,8 @@ def _show(field: str, value: Any) -> str:
 def differences(row: Row) -> str:
     """What a run changes, in words."""
     changed = json.loads(row["changes"]) | json.loads(row["optimizer"])
+    if row["context"] != "2048":
+        changed["context"] = row["context"]
     return ", ".join(f"{name} {_short(value)}" for name, value in changed.items() if value != DEFAULTS.get(name))
 
 
@@ -87,21 +90,45 @@ def plot_quality(output: Path) -> None:
     for point in read_rows(output / "quality-curves.csv"):
         if point["held_out_loss"]:
             curves[point["run"]].append((float(point["tokens"]), float(point["held_out_loss"])))
+    shown = sorted((row for row in large if row["run"] in CURVES), key=lambda row: CURVES.index(row["run"]))
     figure, (tokens_axes, time_axes) = figure_of(2)
-    for row in large[:CURVES]:
-        bits = [loss / math.log(2) * float(row["tokens_per_byte"]) for _, loss in curves[row["run"]]]
-        tokens = [seen for seen, _ in curves[row["run"]]]
-        (line,) = tokens_axes.plot([seen / 1e6 for seen in tokens], bits, marker=".", label=row["run"])
+    for row in shown:
+        tokens, bits = bits_of(row, curves[row["run"]])
+        (line,) = tokens_axes.plot(tokens, bits, marker=".", label=row["run"])
         if row["tokens_per_second"]:
-            seconds = [seen / float(row["tokens_per_second"]) for seen in tokens]
+            seconds = [1e6 * seen / float(row["tokens_per_second"]) for seen in tokens]
             time_axes.plot(seconds, bits, marker=".", color=line.get_color())
-    tokens_axes.set(xlabel="megabytes read", ylabel="bits per byte, validation")
     time_axes.set(xlabel=f"seconds on one {rows[0]['device']}" if rows else "seconds")
-    for axes in (tokens_axes, time_axes):
-        low = min((line.get_ydata()[-1] for line in axes.lines if len(line.get_ydata())), default=1.0)
-        axes.set_ylim(low - 0.03, low + 0.5)
-    tokens_axes.legend(fontsize=7)
+    finish_curves(tokens_axes, time_axes)
     figure.savefig(DOCS / "quality-curves.png", dpi=110)
+    figure, panels = figure_of(2)
+    for axes, model in zip(panels, ("tnl", "llama"), strict=True):
+        for row in rows:
+            if "6-passes" in row["run"]:
+                # Each panel has the other model's runs in grey behind its own.
+                own = row["model"] == model
+                style: dict[str, Any] = {"label": row["run"], "zorder": 2} if own else {"color": "0.8", "zorder": 1}
+                axes.plot(*bits_of(row, curves[row["run"]]), **style)
+    finish_curves(*panels, over=0.15)
+    figure.savefig(DOCS / "quality-six-passes.png", dpi=110)
+
+
+def bits_of(row: Row, points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """A learning curve in megatokens and in bits per byte."""
+    bits = [loss / math.log(2) * float(row["tokens_per_byte"]) for _, loss in points]
+    return [seen / 1e6 for seen, _ in points], bits
+
+
+def finish_curves(*panels: Any, over: float = 0.5) -> None:
+    """Labels, and a range that shows how the curves end."""
+    for axes in panels:
+        low = min((min(line.get_ydata()) for line in axes.lines if len(line.get_ydata())), default=1.0)
+        axes.set_ylim(low - 0.03, low + over)
+        if not axes.get_xlabel():
+            axes.set_xlabel("megabytes read")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=6)
+    panels[0].set_ylabel("bits per byte, validation")
 
 
 def plot_ablations(output: Path) -> None:
@@ -139,9 +166,11 @@ def plot_length(output: Path) -> None:
     figure, panels = figure_of(2)
     for axes, split in zip(panels, ("validation", "test"), strict=True):
         for size, names in LONG_READERS.items():
-            at = bits[size, REFERENCE, split]
+            at = bits[size, REFERENCES[size], split]
             for name in names:
-                points = [(to, it - at[to]) for to, it in bits[size, name, split].items() if to > FIRST_POSITION]
+                points = [
+                    (to, it - at[to]) for to, it in bits[size, name, split].items() if to > FIRST_POSITION and to in at
+                ]
                 if points:
                     style = "-" if size == "45m" else "--"
                     axes.plot(*zip(*points, strict=True), marker=".", label=f"{name}, {size}", linestyle=style)
