@@ -34,7 +34,7 @@ torch.library.define(
 attention_operator = torch.ops.tnl.lightning_attention.default
 attention_backward_operator = torch.ops.tnl.lightning_attention_backward.default
 step_operator = torch.ops.tnl.lightning_attention_step.default
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 @functools.cache
@@ -56,7 +56,7 @@ def _is_watched(tensors: tuple[Any, ...]) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
-        or not all(x is None or type(x) in _PLAIN for x in tensors)
+        or not _PLAIN.issuperset(map(type, tensors))
     )
 
 
@@ -85,12 +85,30 @@ def _forward(
     backend: str,
     transposed: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    o, final_state = _run(
+        q, k, v, log_decay, initial_state, cu_seqlens, scale, return_final_state, backend, transposed
+    )  # fmt: skip
+    return o, q.new_empty(0) if final_state is None else final_state  # an operator always returns tensors
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    return_final_state: bool,
+    backend: str,
+    transposed: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     _check_values(log_decay)
     o, final_state = call_on_device(
         _implementation(backend).forward,
         q, k, v, log_decay, initial_state, cu_seqlens, scale, return_final_state, transposed,
     )  # fmt: skip
-    return o, final_state if return_final_state else q.new_empty(0)  # an operator always returns tensors
+    return o, final_state if return_final_state else None
 
 
 def _check_values(log_decay: Tensor | None) -> None:
@@ -208,7 +226,7 @@ class _Attention(torch.autograd.Function):
     """The gradient, in place of ``torch.library.register_autograd``, whose wrapper takes several times as long."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
         o, final_state = _call_below_autograd(arguments)
         q, k, v, log_decay, initial_state, cu_seqlens, *ctx.options = arguments
         ctx.need_decay = ctx.needs_input_grad[3]
@@ -246,13 +264,13 @@ def _wants_gradient(tensors: tuple[Any, ...]) -> bool:
     return False
 
 
-def _call_below_autograd(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+def _call_below_autograd(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
     if _is_watched(arguments[:6]):
         return _below_autograd(attention_operator, arguments)
-    return _forward(*arguments)
+    return _run(*arguments)
 
 
-def attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+def attention(*arguments: Any) -> tuple[Tensor, Tensor | None]:
     """The operator, by the shortest way."""
     if torch.compiler.is_compiling():
         return attention_operator(*arguments)
@@ -292,7 +310,8 @@ def _autograd(
         q, k, v, log_decay, initial_state, cu_seqlens, scale, return_final_state, backend, transposed
     )  # fmt: skip
     if _wants_gradient(arguments[:5]):
-        return _Attention.apply(*arguments)
+        o, final_state = _Attention.apply(*arguments)
+        return o, q.new_empty(0) if final_state is None else final_state
     return _below_autograd(attention_operator, arguments)
 
 

@@ -27,6 +27,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from tnl.ops.launch_triton import Launcher, Tiles, find_launcher
+
 # --- Launch policy ----------------------------------------------------------------------------------------------
 
 
@@ -37,16 +39,6 @@ def ceil_div(total: int, size: int) -> int:
 
 def _padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Sizes of one launch: tokens in a block, columns of the state a program owns, warps, pipeline stages."""
-
-    tokens: int
-    columns: int
-    warps: int
-    stages: int
 
 
 @functools.lru_cache
@@ -101,6 +93,7 @@ def _processors(device: torch.device) -> int:
 
 
 RAGGED: tl.constexpr = tl.constexpr(2**30)
+RANKED: tl.constexpr = tl.constexpr(64)  # packed sequences that a program sorts by length
 FADED: tl.constexpr = tl.constexpr(120.0)  # exp(-120) is 0 in float32, even times 1e6
 
 
@@ -281,6 +274,16 @@ def _walk(
 
 
 @triton.jit
+def _longest(CU_SEQLENS, place, sequences):
+    """Number of the sequence that is the ``place``-th longest: if those start first, none is left alone at the end."""
+    n = tl.arange(0, RANKED)
+    begin = tl.load(CU_SEQLENS + n, n < sequences, 0)
+    length = tl.where(n < sequences, tl.load(CU_SEQLENS + n + 1, n < sequences, 0) - begin, -1).to(tl.int32)
+    longer = (length[None, :] > length[:, None]) | ((length[None, :] == length[:, None]) & (n[None, :] < n[:, None]))
+    return tl.sum(tl.where(tl.sum(longer.to(tl.int32), 1) == place, n, 0), 0)
+
+
+@triton.jit
 def _locate(
     item, CU_SEQLENS, T, segment, lead, sequences, per_sequence, items,
     REVERSE: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -304,6 +307,8 @@ def _locate(
             return sequence, whole - far, tl.minimum(whole - near, T), index, is_last
         return sequence, near, tl.minimum(far, T), index, is_last
     if not SPLIT:
+        if sequences <= RANKED:
+            item = _longest(CU_SEQLENS, item, sequences)
         row_begin = tl.load(CU_SEQLENS + item).to(tl.int32)
         return item, row_begin, tl.load(CU_SEQLENS + item + 1).to(tl.int32), item * 0, item >= 0
     shift = (segment - (T - lead) % segment) % segment if REVERSE else segment - lead
@@ -486,13 +491,17 @@ def _or(x: Tensor | None, stand_in: Tensor) -> Tensor:
     return stand_in if x is None else x
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """``x``, or a copy with wider rows where addresses are not the multiples of 16 bytes that descriptors need."""
-    unit = 16 // x.element_size()
+def _is_aligned(x: Tensor) -> bool:
+    """Whether addresses are the multiples of 16 bytes that descriptors need."""
     batch, token, head, _ = x.stride()
-    if not (x.data_ptr() % 16 or batch % unit or token % unit or head % unit) and batch and token and head:
+    return not (x.data_ptr() % 16 or (batch | token | head) * x.element_size() % 16) and 0 not in (batch, token, head)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """``x``, or a copy with wider rows where addresses are not aligned."""
+    if _is_aligned(x):
         return x
-    return torch.nn.functional.pad(x, (0, -x.shape[-1] % unit))[..., : x.shape[-1]]
+    return torch.nn.functional.pad(x, (0, -x.shape[-1] % (16 // x.element_size())))[..., : x.shape[-1]]
 
 
 def _new_states(sequences: int, q: Tensor, E: int, transposed: bool) -> Tensor:
@@ -527,28 +536,71 @@ def _descriptor(x: Tensor, tokens: int, width: int, packed: bool) -> TensorDescr
     return descriptor
 
 
-_compiled: dict[Any, Any] = {}
-
-
 def _launch(
     kernel: Any, programs: int, tokens: tuple[Any, ...], pointers: tuple[Tensor, ...], numbers: tuple[Any, ...],
     sizes: tuple[int, ...], constants: tuple[Any, ...], tiles: Tiles,
 ) -> None:  # fmt: skip
-    """``kernel[(programs,)](*tokens, *pointers, *numbers, *sizes, *constants)``, in a fraction of its host time.
+    """``kernel[(programs,)](*tokens, *pointers, *numbers, *sizes, *constants)``, in a fraction of its host time."""
+    find_launcher(kernel, pointers, sizes, constants, tiles)(programs, tokens, pointers, numbers)
 
-    What Triton would look up for each argument follows from the types and alignment of the pointers, the sizes and the
-    constants, since the kernels specialise on no other number.
-    """
-    key = (kernel, sizes, constants, tiles, *[(x.dtype, x.device, x.data_ptr() % 16 == 0) for x in pointers])
-    compiled = _compiled.get(key)
-    if compiled is None:
-        compiled = kernel[(programs,)](
-            *tokens, *pointers, *numbers, *sizes, *constants, num_warps=tiles.warps, num_stages=tiles.stages
-        )
-        if compiled is not None:  # it is, under the interpreter
-            _compiled[key] = compiled
-    else:
-        compiled[(programs, 1, 1)](*tokens, *pointers, *numbers, *sizes, *constants)
+
+class _Plan:
+    """All of a forward launch but addresses: the same for all calls whose arguments look alike."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, pointers: tuple[Tensor | None, ...], scale: float,
+        return_final_state: bool, transposed: bool, precision: str,
+    ) -> None:  # fmt: skip
+        log_decay, initial_state, cu_seqlens = pointers
+        self.aligned = all(_is_aligned(x) for x in (q, k, v))
+        tokens, heads, D = q.shape[1:]
+        E = v.shape[-1]
+        decay = 0 if log_decay is None else 1 if log_decay.dim() == 1 else 2
+        tiles = choose_tiles(D, E, q.dtype, False, decay == 2, precision == "ieee")
+        blocks = ceil_div(E, tiles.columns)
+        cut = _cut(q, cu_seqlens, blocks, decay == 1)
+        self.programs = cut.items * heads * blocks
+        self.out = (*q.shape[:3], E)
+        matrix = (E, D) if transposed else (D, E)
+        self.states = (cut.sequences, heads, *matrix) if return_final_state or cut.split else None
+        self.flags = 1 + cut.sequences * heads * blocks if cut.split else 0
+        self.numbers = (
+            scale, tokens, heads, heads // k.shape[2],
+            cut.sequences, cut.segment, cut.lead, cut.per_sequence, cut.items,
+        )  # fmt: skip
+        self.sizes = (D, E)
+        self.constants = (
+            transposed, decay, initial_state is not None, return_final_state, cut.packed, cut.split, precision,
+            tiles.tokens, _padded(D), tiles.columns,
+        )  # fmt: skip
+        self.tiles, self.packed = tiles, cut.packed
+        self.widths = (_padded(D), _padded(D), tiles.columns)
+        self.launcher: Launcher | None = None
+        self.described: tuple[dict[int, list[Any]], ...] = ({}, {}, {})
+
+    def launch(self, tokens: tuple[Tensor, ...], pointers: tuple[Tensor, ...]) -> None:
+        """Of ``tokens`` it keeps no more than what describes them to the kernel, by address."""
+        launcher = self.launcher
+        if launcher is None or not launcher.ready():
+            launcher = self.launcher = find_launcher(_forward_kernel, pointers, self.sizes, self.constants, self.tiles)
+            launcher(self.programs, [self._describe(i, x) for i, x in enumerate(tokens)], pointers, self.numbers)
+            return
+        expanded = []
+        for i, x in enumerate(tokens):
+            known, address = self.described[i], x.data_ptr()
+            if address not in known:
+                if len(known) == KEPT_ADDRESSES:
+                    known.clear()
+                known[address] = launcher.expand(i, self._describe(i, x))
+            expanded.append(known[address])
+        launcher.launch(self.programs, expanded, pointers, self.numbers)
+
+    def _describe(self, index: int, x: Tensor) -> TensorDescriptor:
+        return _descriptor(x, self.tiles.tokens, self.widths[index], self.packed)
+
+
+KEPT_ADDRESSES, KEPT_PLANS = 64, 4096
+_plans: dict[Any, _Plan] = {}
 
 
 def forward(
@@ -563,39 +615,30 @@ def forward(
     transposed: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """``(o, final_state)``; shapes as in :func:`tnl.ops.lightning_attention`, states ``[.., E, D]`` if transposed."""
-    tokens, heads, D = q.shape[1:]
-    E = v.shape[-1]
-    log_decay, decay = _decay_form(log_decay)
+    if log_decay is not None and (log_decay.dtype != torch.float32 or not log_decay.is_contiguous()):
+        log_decay = log_decay.float().contiguous()
+    if initial_state is not None and not initial_state.is_contiguous():
+        initial_state = initial_state.contiguous()
     precision = _precision(q.dtype)
-    tiles = choose_tiles(D, E, q.dtype, False, decay == 2, precision == "ieee")
-    blocks = ceil_div(E, tiles.columns)
-    cut = _cut(q, cu_seqlens, blocks, decay == 1)
-    o = torch.empty(*q.shape[:3], E, dtype=q.dtype, device=q.device)
-    q, k, v = _aligned(q), _aligned(k), _aligned(v)
-    final_state = flags = None
-    if return_final_state or cut.split:
-        final_state = _new_states(cut.sequences, q, E, transposed)
-    if cut.split:
-        flags = torch.zeros(1 + cut.sequences * heads * blocks, dtype=torch.int32, device=q.device)
-    initial_state = None if initial_state is None else initial_state.contiguous()
-    block_d, block_c = _padded(D), tiles.columns
-    _launch(
-        _forward_kernel, cut.items * heads * blocks,
-        tuple(
-            _descriptor(x, tiles.tokens, width, cut.packed) for x, width in ((q, block_d), (k, block_d), (v, block_c))
-        ),
-        (o, _or(log_decay, o), _or(initial_state, o), _or(final_state, o), _or(cu_seqlens, o), _or(flags, o)),
-        (
-            scale, tokens, heads, heads // k.shape[2],
-            cut.sequences, cut.segment, cut.lead, cut.per_sequence, cut.items,
-        ),
-        (D, E),
-        (
-            transposed, decay, initial_state is not None, return_final_state, cut.packed, cut.split, precision,
-            tiles.tokens, block_d, block_c,
-        ),
-        tiles,
+    pointers = (log_decay, initial_state, cu_seqlens)
+    key = (
+        q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, q.device, scale, return_final_state,
+        transposed, precision, (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16,
+        *(None if x is None else (x.shape, x.dtype, x.data_ptr() % 16 == 0) for x in pointers),
     )  # fmt: skip
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) == KEPT_PLANS:
+            _plans.clear()
+        plan = _plans[key] = _Plan(q, k, v, pointers, scale, return_final_state, transposed, precision)
+    if not plan.aligned:
+        q, k, v = _aligned(q), _aligned(k), _aligned(v)
+    o = torch.empty(plan.out, dtype=q.dtype, device=q.device)
+    final_state = None
+    if plan.states is not None:
+        final_state = torch.empty(plan.states, dtype=torch.float32, device=q.device)
+    flags = torch.zeros(plan.flags, dtype=torch.int32, device=q.device) if plan.flags else None
+    plan.launch((q, k, v), tuple(o if x is None else x for x in (o, *pointers[:2], final_state, cu_seqlens, flags)))
     return o, final_state
 
 

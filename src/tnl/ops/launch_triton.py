@@ -1,0 +1,107 @@
+"""Launches of compiled Triton kernels with little work on the host.
+
+Triton's own launch looks at each argument in Python and describes each tensor descriptor anew, which takes longer than
+all else that the host does for a small call. What it finds is the same for all calls whose arguments look alike: it is
+kept here, and a launch goes straight to the kernel's launcher in C.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.backends.nvidia.driver import make_tensordesc_arg
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Sizes of one launch: tokens in a block, columns of the state a program owns, warps, pipeline stages."""
+
+    tokens: int
+    columns: int
+    warps: int
+    stages: int
+
+
+class Launcher:
+    """A kernel for arguments of one kind: dtypes and alignment of its pointers, its sizes and its constants.
+
+    Arguments of the kernel are, in this order, tensor descriptors, pointers, numbers that it does not specialise on,
+    and ``fixed``: sizes and constants.
+    """
+
+    def __init__(self, kernel: Any, fixed: tuple[Any, ...], tiles: Tiles, device: torch.device) -> None:
+        self.kernel, self.fixed, self.tiles, self.device = kernel, fixed, tiles, device.index
+        self.compiled: Any = None
+        self.in_c: Callable[..., None] | None = None
+
+    def __call__(
+        self, programs: int, tokens: Sequence[TensorDescriptor], pointers: Sequence[Tensor], numbers: tuple[Any, ...]
+    ) -> None:
+        """Launch as many programs on the current stream."""
+        if self.ready():
+            self.launch(programs, [self.expand(i, x) for i, x in enumerate(tokens)], pointers, numbers)
+        elif self.compiled is None:
+            options = {"num_warps": self.tiles.warps, "num_stages": self.tiles.stages}
+            self.compiled = self.kernel[(programs,)](*tokens, *pointers, *numbers, *self.fixed, **options)
+            if self.compiled is not None:  # it is, under the interpreter
+                self._find_launcher()
+        else:
+            self.compiled[(programs, 1, 1)](*tokens, *pointers, *numbers, *self.fixed)
+
+    def _find_launcher(self) -> None:
+        """Triton keeps its launcher in C behind two wrappers; where a version of it does not, the wrappers serve."""
+        run = self.compiled.run
+        wrapper = getattr(run, "launch", None)
+        kept = dict(
+            zip(
+                getattr(getattr(wrapper, "__code__", None), "co_freevars", ()),
+                (cell.cell_contents for cell in getattr(wrapper, "__closure__", None) or ()),
+                strict=False,
+            )
+        )
+        needs_scratch = run.global_scratch_size or run.profile_scratch_size
+        forms = kept.get("tensordesc_meta", ())
+        if needs_scratch or None in forms:
+            return
+        self.forms = forms
+        self.head = (
+            self.compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None,
+            self.compiled.packed_metadata, None, None, None,
+        )  # fmt: skip
+        self.in_c = kept.get("launcher", wrapper)
+
+    def ready(self) -> bool:
+        """Whether :meth:`launch` may be called: once compiled, and while no profiler of Triton's listens."""
+        return self.in_c is not None and not knobs.runtime.launch_enter_hook.calls
+
+    def expand(self, index: int, descriptor: TensorDescriptor) -> list[Any]:
+        """What the launcher in C takes for the descriptor: good for as long as its tensor has the same address."""
+        return make_tensordesc_arg(descriptor, self.forms[index])
+
+    def launch(
+        self, programs: int, tokens: Sequence[list[Any]], pointers: Sequence[Tensor], numbers: tuple[Any, ...]
+    ) -> None:
+        """As a call, with descriptors that :meth:`expand` made."""
+        assert self.in_c is not None
+        self.in_c(
+            programs, 1, 1, torch._C._cuda_getCurrentRawStream(self.device), *self.head,
+            *[x for token in tokens for x in token], *[x.data_ptr() for x in pointers], *numbers, *self.fixed,
+        )  # fmt: skip
+
+
+_launchers: dict[Any, Launcher] = {}
+
+
+def find_launcher(
+    kernel: Any, pointers: Sequence[Tensor], sizes: tuple[int, ...], constants: tuple[Any, ...], tiles: Tiles
+) -> Launcher:
+    """The one for pointers like these; there are as many as there are variants of the kernel."""
+    key = (kernel, sizes, constants, tiles, *[(x.dtype, x.device, x.data_ptr() % 16 == 0) for x in pointers])
+    launcher = _launchers.get(key)
+    if launcher is None:
+        launcher = _launchers[key] = Launcher(kernel, (*sizes, *constants), tiles, pointers[0].device)
+    return launcher
