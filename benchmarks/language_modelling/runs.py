@@ -33,7 +33,7 @@ TINY_BYTES = 6000
 POLL_SECONDS = 1.0
 SLOWER = 0.5  # by this share, for each slot more that a GPU has
 SLOTS = {"45m": 3}  # that a run of this size takes on a GPU; one for all others
-GRACE_SECONDS = 20  # before the end, in which a stopped run may write its checkpoint
+GRACE_SECONDS = 10  # before the end, in which a stopped run may write its checkpoint
 
 
 @dataclass(frozen=True)
