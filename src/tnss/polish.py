@@ -43,7 +43,11 @@ def polish(
         for _ in range(8):
             shifted = normal.copy()
             shifted[diagonal, diagonal] += damping * scale
-            trial = flat + np.linalg.solve(shifted, gradient)
+            step = np.linalg.solve(shifted, gradient)
+            # what the step gains if the network were linear in its cores
+            if float(step @ (gradient + damping * scale * step)) <= SMALLEST_GAIN * error:
+                return flat, error
+            trial = flat + step
             trial_residual = _residual(data, plan, trial, root)
             trial_error = float(trial_residual @ trial_residual)
             if trial_error < error:

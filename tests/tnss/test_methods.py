@@ -2,11 +2,17 @@
 
 import numpy as np
 import pytest
+import torch
 
 import tnss
-from tnss.methods import METHODS, Evaluation, TnALE, View
+from tests.tnss.planted import random_cores
+from tnss.methods import METHODS, Auto, Evaluation, TnALE, View
+from tnss.methods.auto import AutoOptions
+from tnss.methods.ranks import RankMatch
 from tnss.methods.tnale import TnALEOptions
+from tnss.network import contract_cores
 from tnss.space import Point
+from tnss.spectrum import Spectrum
 
 TARGET = np.array([2, 3, 2, 4, 2])
 
@@ -114,3 +120,49 @@ def test_auto_tries_the_tensors_own_size_where_noise_is_worth_its_parameters() -
     result = tnss.search(noise, tnss.Ring(6), tnss.Lagrangian(200.0), seed=0, budget=tnss.Budget(16))
     assert result.best.parameters >= 240
     assert result.best.objective < 2.0
+
+
+def test_auto_that_is_stalled_enumerates_the_grids_around_the_best() -> None:
+    """Where nothing gets better: every other batch is one move from the best, until no such structure is left."""
+    best = Point((3,) * 5, (0, 1, 2, 3, 4))
+    current = view(start=best)
+    method = Auto(current, AutoOptions(stall=1))
+    domain = current.domain
+    near = {domain.decode(point).key for point in domain.neighbours(best)}
+    seen: set[str] = set()
+    for _ in range(20):
+        proposals = method.ask()
+        points = [proposal.point for proposal in proposals]
+        keys = {domain.decode(point).key for point in points}
+        if near - seen and method.since_best >= 1 and method.rounds % 2:
+            assert keys <= near
+            assert all(proposal.parent is None for proposal in proposals)
+        seen |= keys
+        merits = [0.0 if point == best else 1.0 for point in points]
+        method.tell([Evaluation(p, domain.decode(p), 0.5, m) for p, m in zip(points, merits, strict=True)])
+    assert near <= seen
+
+
+def planted_graph(noise: float = 0.0) -> tuple[tnss.Structure, Spectrum]:
+    structure = tnss.Structure((4,) * 5, [(0, 1, 2), (0, 2, 2), (1, 3, 3), (1, 4, 2), (2, 4, 2)])
+    tensor = contract_cores(structure, random_cores(structure, 1))
+    return structure, Spectrum(tensor + noise * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)))
+
+
+def test_a_planted_graph_is_among_those_that_match_the_ranks() -> None:
+    structure, spectrum = planted_graph()
+    domain = tnss.Complete(4).bind((4,) * 5)
+    match = RankMatch(View(domain, tnss.Lagrangian(200.0), spectrum, np.random.default_rng(0)))
+    assert match.informs
+    points = match.points(8, 60)
+    assert structure in [domain.decode(point) for point in points]
+    parameters = [domain.decode(point).parameters for point in points]
+    assert parameters == sorted(parameters)
+
+
+def test_noise_has_no_ranks_to_match() -> None:
+    """Nor has a space whose graph is not fixed."""
+    generator = np.random.default_rng(0)
+    for noise, space in ((1e-3, tnss.Complete(4)), (0.0, tnss.Tree(4))):
+        view = View(space.bind((4,) * 5), tnss.Lagrangian(200.0), planted_graph(noise)[1], generator)
+        assert not RankMatch(view).informs

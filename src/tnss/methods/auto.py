@@ -1,10 +1,13 @@
 """The default method: the lower bound first, then TnALE's moves in the order a surrogate gives them.
 
 First, structures are fitted in ascending order of their lower bound. Where the tensor is of low rank this ends
-within a few fits, with a proof. Otherwise two smaller structures are fitted (and one of the tensor's own size, where
-those cost more than its entries), and the search descends by TnALE's moves (one rank, or two modes swapped), and by
-pairs of them, which is what leaves a plateau. The surrogate, a ridge regression of log RSE on the tails of the
-spectrum plus the residuals of fitted neighbours, only orders the moves; the bound takes out those that cannot win.
+within a few fits, with a proof. Otherwise structures that match the exact ranks of the tensor, if it has such, and two
+smaller ones are fitted (and some of the tensor's own size, where all of these cost more than its entries), and the
+search descends by TnALE's moves (one rank, or two modes swapped), and by pairs of them, which is what leaves a
+plateau. The surrogate, a ridge regression of log RSE on the tails of the spectrum plus the residuals of fitted
+neighbours, only orders the moves; the bound takes out those that cannot win. Under strong noise neither tells the
+candidates apart, and the fits of one structure differ by more than those of its neighbours: where the moves have
+failed for a while, every other round therefore enumerates TnALE's grids around the best structure, from fresh starts.
 """
 
 from __future__ import annotations
@@ -16,11 +19,16 @@ import numpy as np
 
 from tnss.bound import BoundSearch
 from tnss.methods.base import Evaluation, Proposal, View
+from tnss.methods.ranks import RankMatch
 from tnss.methods.surrogate import Surrogate
 from tnss.objective import ErrorBudget, Lagrangian, Objective
 from tnss.space import Point
+from tnss.structure import Structure
+
+Candidate = tuple[Structure, Point, Evaluation]  # with the fitted structure it is a move from
 
 PRICES = (8.0, 64.0)  # of parameters, in the descents of the bound that moves begin with
+MATCHES, MATCH_DESCENTS = 8, 60  # structures fitted that match the tensor's ranks, and descents to find them
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,7 @@ class AutoOptions:
         bound_patience: proposals of the bound in a row that may fail before moves take over.
         patience: evaluations without improvement after which the search ends.
         candidates: pairs of moves drawn in each round.
+        stall: evaluations without improvement after which every other round enumerates the grids around the best.
     """
 
     radius: int = 1
@@ -42,6 +51,7 @@ class AutoOptions:
     bound_patience: int = 4
     patience: int = 120
     candidates: int = 200
+    stall: int = 8
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -54,6 +64,7 @@ class Auto:
 
     Attributes:
         bounds: the branch and bound, from which the driver reads what is proved; None without a spectrum.
+        rounds: batches of moves made so far.
     """
 
     def __init__(self, view: View, options: AutoOptions | None = None) -> None:
@@ -66,7 +77,7 @@ class Auto:
         if isinstance(view.objective, ErrorBudget):
             # a budget alone is a wall: trade-offs lead along it, through structures that just miss it
             self.guides += [Lagrangian(200.0), Lagrangian(20.0)]
-        self._rounds = 0
+        self.rounds = 0
         self.fitted: dict[str, Evaluation] = {}
         self.best: Evaluation | None = None
         self.since_best = 0
@@ -102,12 +113,13 @@ class Auto:
             yield from self._by_bound(self.bounds)
             if self.bounds.remaining() >= self._cutoff():
                 return
-            if proposals := self._new(self._descend(price) for price in PRICES):
-                yield proposals
-            if self.best is not None and self._cutoff() > self._cost_of_entries():
-                yield self._new([self._fill(self.best.point)])
+            yield from self._further_starts()
         while self.since_best < self.options.patience:
-            proposals = self._moves()
+            self.rounds += 1
+            proposals: list[Proposal] = []
+            if self.since_best >= self.options.stall and self.rounds % 2:
+                proposals = self._enumeration()
+            proposals = proposals or self._moves()
             if not proposals:
                 return
             yield proposals
@@ -125,6 +137,19 @@ class Auto:
             if proposals := self._new([point]):
                 yield proposals
                 failed = failed + 1 if self.best is before else 0
+
+    def _further_starts(self) -> Generator[list[Proposal], None, None]:
+        """Structures to move from, where the bound alone has not led to the end."""
+        ranks = RankMatch(self.view)
+        if ranks.informs and (proposals := self._new(ranks.points(MATCHES, MATCH_DESCENTS))):
+            yield proposals
+        small = [self._descend(price) for price in PRICES]
+        if proposals := self._new(small):
+            yield proposals
+        if self.best is not None and self._cutoff() > self._cost_of_entries():
+            # what is small fits no noise, so its order of the modes is as good a guess as that of the best so far
+            if proposals := self._new(self._fill(point) for point in [self.best.point, *small]):
+                yield proposals
 
     def _new(self, points: Iterable[Point], parent: Evaluation | None = None) -> list[Proposal]:
         """Proposals for the points whose structures are not fitted yet, each once."""
@@ -196,8 +221,7 @@ class Auto:
     def _moves(self) -> list[Proposal]:
         """The most promising unfitted structures around the best ones."""
         view, options = self.view, self.options
-        guide = self.guides[self._rounds % len(self.guides)]
-        self._rounds += 1
+        guide = self.guides[self.rounds % len(self.guides)]
         leaders = sorted(self.fitted.values(), key=lambda e: guide.merit(e.structure.parameters, e.rse, view.entries))[
             :3
         ]
@@ -205,15 +229,11 @@ class Auto:
         for leader in leaders:
             near = list(view.domain.neighbours(leader.point, options.radius))
             for point in [*near, *self._pairs(leader.point, options.candidates // len(leaders))]:
-                key = view.domain.decode(point).key
-                if key not in self.fitted:
-                    origin.setdefault(key, (point, leader))
-        candidates = [(view.domain.decode(point), point, leader) for point, leader in origin.values()]
-        candidates = self._that_can_win(candidates)
+                origin.setdefault(view.domain.decode(point).key, (point, leader))
+        candidates = self._that_can_win(origin.values())
         if not candidates:
             return []
-        self.surrogate.fit(list(self.fitted.values()))
-        mean, spread = self.surrogate.predict([structure for structure, _, _ in candidates])
+        mean, spread = self._expected(candidates)
         chosen: list[int] = []
         for slot in range(min(options.batch, len(candidates))):
             optimism = 1.0 if slot % 2 else 0.25
@@ -223,6 +243,24 @@ class Auto:
             merits[chosen] = np.inf
             chosen.append(int(merits.argmin()))
         return [proposal for i in chosen for proposal in self._new([candidates[i][1]], candidates[i][2])]
+
+    def _enumeration(self) -> list[Proposal]:
+        """The most promising unfitted structures one move from the best one, to be fitted from fresh starts only."""
+        best = self.best
+        assert best is not None
+        near = self.view.domain.neighbours(best.point, self.options.radius)
+        candidates = self._that_can_win((point, best) for point in near)
+        if not candidates:
+            return []
+        mean, _ = self._expected(candidates)
+        pairs = zip(candidates, np.exp(mean), strict=True)
+        order = np.argsort([self.view.merit(s, float(rse)) for (s, _, _), rse in pairs], kind="stable")
+        return self._new([candidates[i][1] for i in order])[: self.options.batch]
+
+    def _expected(self, candidates: Sequence[Candidate]) -> tuple[np.ndarray, np.ndarray]:
+        """Log RSE that the surrogate expects, and its spread."""
+        self.surrogate.fit(list(self.fitted.values()))
+        return self.surrogate.predict([structure for structure, _, _ in candidates])
 
     def _pairs(self, point: Point, count: int) -> list[Point]:
         """Random points two or three moves away."""
@@ -240,8 +278,10 @@ class Auto:
             found.append(other)
         return found
 
-    def _that_can_win(self, candidates: list) -> list:
-        """Those whose bound is below the best objective."""
+    def _that_can_win(self, moves: Iterable[tuple[Point, Evaluation]]) -> list[Candidate]:
+        """Points and where they come from, with their structures: those not fitted with a bound below the best."""
+        decoded = [(self.view.domain.decode(point), point, origin) for point, origin in moves]
+        candidates = [candidate for candidate in decoded if candidate[0].key not in self.fitted]
         if self.view.spectrum is None or not candidates:
             return candidates
         structures = [structure for structure, _, _ in candidates]
