@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton import knobs
-from triton.backends.nvidia.driver import make_tensordesc_arg
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+KNOWN = "3.6."  # the version of Triton whose launches this knows
 
 
 @dataclass(frozen=True)
@@ -53,26 +55,23 @@ class Launcher:
             self.compiled[(programs, 1, 1)](*tokens, *pointers, *numbers, *self.fixed)
 
     def _find_launcher(self) -> None:
-        """Triton keeps its launcher in C behind two wrappers; where a version of it does not, the wrappers serve."""
+        """What Triton's wrappers hold. They serve where this version of Triton or this kernel's launch is another."""
         run = self.compiled.run
-        wrapper = getattr(run, "launch", None)
-        kept = dict(
-            zip(
-                getattr(getattr(wrapper, "__code__", None), "co_freevars", ()),
-                (cell.cell_contents for cell in getattr(wrapper, "__closure__", None) or ()),
-                strict=False,
-            )
-        )
-        needs_scratch = run.global_scratch_size or run.profile_scratch_size
-        forms = kept.get("tensordesc_meta", ())
-        if needs_scratch or None in forms:
+        if not triton.__version__.startswith(KNOWN) or run.global_scratch_size or run.profile_scratch_size:
             return
-        self.forms = forms
+        launcher = run.launch
+        if hasattr(launcher, "__closure__"):  # a wrapper that makes the hardware's descriptors of Triton's
+            names = launcher.__code__.co_freevars
+            held = {name: cell.cell_contents for name, cell in zip(names, launcher.__closure__, strict=True)}
+            self.forms, self.describe = held["tensordesc_meta"], launcher.__globals__["make_tensordesc_arg"]
+            if None in self.forms:  # a GPU without such descriptors
+                return
+            launcher = held["launcher"]
         self.head = (
             self.compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None,
             self.compiled.packed_metadata, None, None, None,
         )  # fmt: skip
-        self.in_c = kept.get("launcher", wrapper)
+        self.in_c = launcher
 
     def ready(self) -> bool:
         """Whether :meth:`launch` may be called: once compiled, and while no profiler of Triton's listens."""
@@ -80,7 +79,7 @@ class Launcher:
 
     def expand(self, index: int, descriptor: TensorDescriptor) -> list[Any]:
         """What the launcher in C takes for the descriptor: good for as long as its tensor has the same address."""
-        return make_tensordesc_arg(descriptor, self.forms[index])
+        return self.describe(descriptor, self.forms[index])
 
     def launch(
         self, programs: int, tokens: Sequence[list[Any]], pointers: Sequence[Tensor], numbers: tuple[Any, ...]
