@@ -7,7 +7,7 @@ from tests.test_matrix_network import make_network
 from tnl.compression.fitting import balance, network_error, refine, truncated
 from tnl.compression.metric import Metric, Spectrum
 from tnl.compression.moments import Moments
-from tnl.models.tnl.matrix_network import contract_to_matrix
+from tnl.models.tnl.matrix_network import MatrixNetwork, contract_to_matrix
 
 M, N = 12, 8
 GRAPH = make_network((M, N), (3, 4), (N,), ((0,), (1,), (2,)), [(0, 1, 2), (1, 2, 2), (0, 2, 3)])
@@ -26,6 +26,32 @@ def test_truncation_as_a_network() -> None:
         network, cores = truncated(spectrum, rank, metric)
         assert network.structure.parameters == rank * (M + N)
         assert float(network_error(matrix, metric, network, cores)) == pytest.approx(float(spectrum.errors()[rank]))
+
+
+def random_cores(network: MatrixNetwork, seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in network.structure.core_shapes]
+
+
+def test_the_core_of_a_whole_side_is_the_best_one() -> None:
+    matrix, metric = problem()
+    turned = make_network((M, N), (M,), (2, 4), ((0,), (1,), (2,)), [(0, 1, 2), (1, 2, 2), (0, 2, 3)])
+    for network, vertex in ((GRAPH, 2), (turned, 0)):
+        cores, error = refine(matrix, metric, network, random_cores(network, 3), 3, 0.01)
+        assert error == pytest.approx(float(network_error(matrix, metric, network, cores)))
+        for step in random_cores(network, 4)[vertex].flatten(end_dim=-2):
+            other = [core.clone() for core in cores]
+            other[vertex] += 1e-4 * step
+            assert float(network_error(matrix, metric, network, other)) >= error
+
+
+def test_pairs_of_factors_are_found_again() -> None:
+    _, metric = problem()
+    pairs = make_network((M, N), (3, 4), (2, 4), ((0, 2), (1, 3)), [(0, 1, 2)])
+    planted = random_cores(pairs, 5)
+    matrix = contract_to_matrix(pairs, planted)
+    near = [core + 0.1 * noise for core, noise in zip(planted, random_cores(pairs, 6), strict=True)]
+    assert refine(matrix, metric, pairs, near, 200, 0.01)[1] < 1e-6 * metric.error(matrix)
 
 
 def test_refining_reaches_the_best_truncation() -> None:

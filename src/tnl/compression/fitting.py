@@ -18,7 +18,7 @@ from tnl.compression.metric import Metric, Side, Spectrum, factor_sides
 from tnl.models.tnl.matrix_network import MatrixNetwork, contract_to_matrix
 from tnss import Structure
 
-SMALLEST_RIDGE = 1e-12  # of the mean diagonal of the normal equations
+RIDGES = (1e-12, 1e-9, 1e-6)  # of the mean diagonal of the normal equations
 
 
 def two_vertices(shape: tuple[int, int], rank: int) -> MatrixNetwork:
@@ -116,11 +116,20 @@ class _Problem:
         )
         environment = _times(self.rest[1 - side], given.reshape(-1, cores[vertex].numel() // target.shape[1]))
         with torch.no_grad():
-            gram = environment.T @ environment
-            gram.diagonal().add_(SMALLEST_RIDGE * gram.diagonal().mean())
-            core = torch.cholesky_solve(environment.T @ target, torch.linalg.cholesky(gram))
+            core = _least_squares(environment, target)
         cores[vertex] = core.reshape(cores[vertex].shape)
         return 0.5 * (target - environment @ core).square().sum()
+
+
+def _least_squares(matrix: Tensor, right: Tensor) -> Tensor:
+    """The `X` with the least `|matrix X - right|`, by normal equations with as little of a ridge as they need."""
+    gram = matrix.T @ matrix
+    for ridge in RIDGES:
+        shifted = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
+        factor, failed = torch.linalg.cholesky_ex(shifted)
+        if not failed:
+            break
+    return torch.cholesky_solve(matrix.T @ right, factor)
 
 
 def _rest(side: Side, parts: Sequence[Side]) -> Tensor | None:
