@@ -63,7 +63,7 @@ def test_step_has_the_logits_of_the_modules(changes: dict[str, Any]) -> None:
         shared = (step.stream, step.attended, step.squares, step.qkvu, step.counters, logits, position, *states)
         for tensor in shared:
             tensor.share_memory_()
-        step.table[:, 5] = torch.tensor([state.data_ptr() for state in states])
+        step.table[:-1, 5] = torch.tensor([state.data_ptr() for state in states])
         for token in tokens[:, 6:].T:
             wanted = model(token[:, None], position_ids=position[None], past_key_values=cache).logits[:, 0]
             run_in_processes(step, token, position, logits)

@@ -191,13 +191,16 @@ class Level:
 def levels(case: Case, config: PreTrainedConfig, most: int) -> Iterator[tuple[Level, int]]:
     """Levels and tokens of a micro-batch, at most so many, from the quickest to the leanest.
 
-    Large micro-batches first: computing cheap things again takes no measurable time, and small ones leave the device
-    waiting more often.
+    First, nothing is computed again in micro-batches of 64K tokens or more; smaller ones leave the device waiting more
+    often than it takes to compute cheap things again.
     """
     layers = config.num_hidden_layers
     nothing, cheap, operator = Level("nothing", 0, 21.0), Level("cheap", 0, 13.0), Level("operator", 0, 12.0)
     whole = [nothing, cheap, operator] if case.model == "tnl" else [nothing, cheap]
     tokens = max(case.tokens, most)
+    for large in (tokens, tokens // 2):
+        if large >= max(case.tokens, 64 * K):
+            yield nothing, large
     while tokens >= max(case.tokens, 8 * K):
         yield from ((level, tokens) for level in whole)
         tokens //= 2

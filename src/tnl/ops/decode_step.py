@@ -48,7 +48,8 @@ class DecodeStep:
     """The step ``x = scale embed(token)``; ``x += GLA(norm(x))``, ``x += SGLU(norm(x))`` a layer; ``head norm(x)``.
 
     The norm is SRMSNorm, GLA and SGLU are those of TNL without variants (arXiv 2405.17381, section 3). The residual
-    stream and all between the matrices is in float32; its sums are in fixed point, so that a step repeats bit by bit.
+    stream and all between the matrices is in float32. Programs add to sums in any order, so a step repeats up to
+    the rounding of float32, not bit by bit.
 
     Output and down projections are copied, transposed, and so is what is not contiguous: weights that change later are
     not seen.
@@ -94,9 +95,10 @@ class DecodeStep:
             for each, out, down in zip(layers, self.out, self.down, strict=True)
         ]
         addresses = [[0 if field is None else field.data_ptr() for field in fields] for fields in self._fields]
+        addresses.append([self.head.data_ptr()] + [0] * (len(addresses[0]) - 1))
         self.table = torch.tensor(addresses, device=self.device)
-        self.stream, self.attended = torch.zeros(2, 2, self.width, dtype=torch.int64, device=self.device)
-        self.squares = torch.zeros(2, dtype=torch.int64, device=self.device)
+        self.stream, self.attended = torch.zeros(2, 2, self.width, device=self.device)
+        self.squares = torch.zeros(2, device=self.device)
         self.qkvu = torch.zeros(4 * self.heads * self.head_dim, device=self.device)
         self.counters = torch.zeros(32 + self.programs + 32 * self.heads, dtype=torch.int32, device=self.device)
 

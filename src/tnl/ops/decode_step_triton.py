@@ -2,9 +2,9 @@
 
 Programs stay on their processors for the whole step and wait for each other three times a layer, by counters in memory:
 after queries, keys, values and gates (only the programs of a head for each other), after the output projection, after
-the gated linear unit. Before it waits a program asks for the weights that it needs next, so that memory is read
-meanwhile. Two of the three are sums over all programs: each adds its part, in fixed point, so that the order does not
-matter and the same step gives the same bits.
+the gated linear unit. Between telling that it is there and waiting for the others a program asks for the weights that
+it needs next, so that memory is read meanwhile. Not before: telling waits for what was asked for. Two of the three are
+sums over all programs, to which each adds its part.
 
 Dimensions: d width, H heads, E width of a head, I inner width of the gated linear unit, P programs.
 """
@@ -22,11 +22,10 @@ if TYPE_CHECKING:
     from tnl.ops.decode_step import DecodeStep
 
 TURN = tl.constexpr(2 * math.pi)
-FIELDS = tl.constexpr(7)  # of a layer in the table: qkvu, out, gate, up, down, state, theta
+FIELDS = tl.constexpr(7)  # of a layer in the table: qkvu, out, gate, up, down, state, theta; behind all layers, the head
 LINE = tl.constexpr(32)  # counters, 4 bytes each, that lie in lines of their own
-UNIT = tl.constexpr(2.0**-32)  # of the sums in fixed point, which reach to 2^31
 TILE_BYTES = 1 << 16  # weights that a program asks for at once: 132 of these cover the way to memory several times
-WARPS = 16
+WARPS = 8
 
 
 @triton.jit
@@ -37,34 +36,34 @@ def _arrive(counter):
 
 
 @triton.jit
-def _reached(counter, INTERPRETED: tl.constexpr):
-    if INTERPRETED:
-        return tl.atomic_add(counter, 0)
-    else:
-        load: tl.constexpr = "ld.acquire.gpu.global.s32 $0, [$1];"
-        return tl.inline_asm_elementwise(load, "=r,l", [counter], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
 def _wait(counter, target, INTERPRETED: tl.constexpr):
     """Until a counter has reached a target; counters run over, their differences do not."""
-    while _reached(counter, INTERPRETED) - target < 0:
-        pass
+    if INTERPRETED:
+        while tl.atomic_add(counter, 0) - target < 0:
+            pass
+    else:  # one thread asks, the others wait for it
+        spin: tl.constexpr = """{
+            .reg .pred again;
+            .reg .u32 thread;
+            .reg .s32 seen;
+            mov.u32 thread, %tid.x;
+            setp.ne.u32 again, thread, 0;
+            @again bra done;
+            ask:
+            ld.acquire.gpu.global.s32 seen, [$1];
+            sub.s32 seen, seen, $2;
+            setp.lt.s32 again, seen, 0;
+            @again bra ask;
+            done:
+            mov.u32 $0, 0;
+        }"""
+        tl.inline_asm_elementwise(spin, "=r,l,r", [counter, target], dtype=tl.int32, is_pure=False, pack=1)
+        tl.debug_barrier()
 
 
 @triton.jit
 def _pointer(TABLE, index, dtype: tl.constexpr):
     return tl.multiple_of(tl.load(TABLE + index).to(tl.pointer_type(dtype), bitcast=False), 16)
-
-
-@triton.jit
-def _add(SUM, value):
-    tl.atomic_add(SUM, (value / UNIT).to(tl.int64), sem="relaxed")
-
-
-@triton.jit
-def _sum(SUM):
-    return tl.load(SUM, cache_modifier=".cg").to(tl.float32) * UNIT
 
 
 @triton.jit
@@ -80,11 +79,22 @@ def _project(QKVU, weight, x, rstd, rows, STREAM: tl.constexpr):
 
 
 @triton.jit
-def _unit(gate, up, down, x, rstd):
-    """What some units of the gated linear unit add to the residual stream."""
-    g = tl.sum(gate.to(tl.float32) * x[None, :], 1)
-    h = rstd * rstd * g * tl.sum(up.to(tl.float32) * x[None, :], 1)
-    return tl.sum(down.to(tl.float32) * h[:, None], 0)
+def _pair(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _load_units(GATE, UP, DOWN, start, one, end, inner, WIDTH: tl.constexpr):
+    at = (start + one)[:, None] * WIDTH + inner[None, :]
+    inside = (start + one < end)[:, None]
+    return tl.load(GATE + at, inside, 0.0), tl.load(UP + at, inside, 0.0), tl.load(DOWN + at, inside, 0.0)
+
+
+@triton.jit
+def _units(gate, up, down, x, square):
+    """What some units of the gated linear unit add to the residual stream, one a row; ``square`` of the norm's factor."""
+    g, u = tl.reduce((gate.to(tl.float32) * x[None, :], up.to(tl.float32) * x[None, :]), 1, _pair)
+    return down.to(tl.float32) * (square * g * u)[:, None]
 
 
 @triton.jit
@@ -113,18 +123,18 @@ def _attend(QKVU, STATE, state, theta, position, kept, head, columns, E: tl.cons
 
 @triton.jit
 def _step_kernel(
-    TOKEN, POSITION, EMBEDDING, HEAD, LOGITS, TABLE, LOG_DECAY, STREAM, ATTENDED, SQUARES, QKVU, COUNTERS,
+    TOKEN, POSITION, EMBEDDING, LOGITS, TABLE, LOG_DECAY, STREAM, ATTENDED, SQUARES, QKVU, COUNTERS,
     scale, eps, layers, vocabulary,
     WIDTH: tl.constexpr, HEADS: tl.constexpr, E: tl.constexpr, INNER: tl.constexpr, PROGRAMS: tl.constexpr,
     ROWS: tl.constexpr, UNITS: tl.constexpr, DECAY: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """``ROWS`` of a projection and ``UNITS`` of the gated linear unit at a time; all else is explained above.
 
-    STREAM, ATTENDED ``[2, d]`` and SQUARES ``[2]`` are sums in fixed point, of one layer and of the next in turn: the
-    residual stream after a layer, the output projection before its norm's factor, squares of its input. Each is
-    cleared a layer before it is added to, when all programs have read it.
+    STREAM, ATTENDED ``[2, d]`` and SQUARES ``[2]`` are sums, of one layer and of the next in turn: the residual stream
+    after a layer, the output projection before its norm's factor, squares of its input. Each is cleared a layer before
+    it is added to, when all programs have read it.
     """
-    dtype: tl.constexpr = HEAD.dtype.element_ty
+    dtype: tl.constexpr = EMBEDDING.dtype.element_ty
     HE: tl.constexpr = HEADS * E
     COLUMNS: tl.constexpr = HE // PROGRAMS
     PER_HEAD: tl.constexpr = E // COLUMNS
@@ -144,6 +154,9 @@ def _step_kernel(
 
     W = _pointer(TABLE, 0, dtype)
     weight = tl.load(W + _row(row, first, COLUMNS, HE)[:, None] * WIDTH + inner[None, :])
+    begin = program * SHARE
+    end = tl.minimum(begin + SHARE, INNER)
+    words = program * tl.cdiv(vocabulary, PROGRAMS)
     position = tl.load(POSITION)
     x = tl.load(EMBEDDING + tl.load(TOKEN) * WIDTH + inner).to(tl.float32) * scale
     for layer in range(layers):
@@ -155,69 +168,66 @@ def _step_kernel(
         DOWN = _pointer(fields, 4, dtype)
         STATE = _pointer(fields, 5, tl.float32)
         theta = tl.load(fields + 6)
+        AFTER = _pointer(fields, FIELDS, dtype)
         STATE += head * E * E * tl.where(theta != 0, 2, 1) + tl.arange(0, E)[:, None] * E + columns[None, :]
         kept = 1.0
         if DECAY:
             kept = tl.exp(tl.load(LOG_DECAY + layer * HEADS + head))
         if program == PROGRAMS - 1:
-            tl.store(ATTENDED + other * WIDTH + inner, tl.zeros([WIDTH], tl.int64))
-            tl.store(STREAM + other * WIDTH + inner, tl.zeros([WIDTH], tl.int64))
-            tl.store(SQUARES + other, 0)
+            tl.store(ATTENDED + other * WIDTH + inner, tl.zeros([WIDTH], tl.float32))
+            tl.store(STREAM + other * WIDTH + inner, tl.zeros([WIDTH], tl.float32))
+            tl.store(SQUARES + other, 0.0)
         rstd = tl.rsqrt(tl.sum(x * x, 0) / WIDTH + eps)
         for done in range(0, 4 * COLUMNS - ROWS, ROWS):
             after = tl.load(W + _row(done + ROWS + row, first, COLUMNS, HE)[:, None] * WIDTH + inner[None, :])
             _project(QKVU, weight, x, rstd, _row(done + row, first, COLUMNS, HE), HE)
             weight = after
-        out = tl.load(OUT + (first + tl.arange(0, COLUMNS))[:, None] * WIDTH + inner[None, :])
-        state = tl.load(STATE)
-        at = (program * SHARE + one)[:, None] * WIDTH + inner[None, :]
-        inside = ((one < SHARE) & (program * SHARE + one < INNER))[:, None]
-        gate, up, down = tl.load(GATE + at, inside, 0.0), tl.load(UP + at, inside, 0.0), tl.load(DOWN + at, inside, 0.0)
         _project(QKVU, weight, x, rstd, _row(4 * COLUMNS - ROWS + row, first, COLUMNS, HE), HE)
         _arrive(HEAD_COUNTER)
+        out = tl.load(OUT + (first + tl.arange(0, COLUMNS))[:, None] * WIDTH + inner[None, :])
+        state = tl.load(STATE)
+        gate, up, down = _load_units(GATE, UP, DOWN, begin, one, end, inner, WIDTH)
         of_head += PER_HEAD
         _wait(HEAD_COUNTER, of_head, INTERPRETED)
 
         o, u = _attend(QKVU, STATE, state, theta, position, kept, head, columns, E, HE)
-        _add(ATTENDED + now * WIDTH + inner, tl.sum(out.to(tl.float32) * (o * u)[:, None], 0))
-        _add(SQUARES + now, tl.sum(o * o, 0))
+        tl.atomic_add(ATTENDED + now * WIDTH + inner, tl.sum(out.to(tl.float32) * (o * u)[:, None], 0), sem="relaxed")
+        tl.atomic_add(SQUARES + now, tl.sum(o * o, 0), sem="relaxed")
         _arrive(COUNTERS)
+        gate_1, up_1, down_1 = _load_units(GATE, UP, DOWN, begin + UNITS, one, end, inner, WIDTH)
         everyone += PROGRAMS
         _wait(COUNTERS, everyone, INTERPRETED)
 
-        x += tl.rsqrt(_sum(SQUARES + now) / HE + eps) * _sum(ATTENDED + now * WIDTH + inner)
-        rstd = tl.rsqrt(tl.sum(x * x, 0) / WIDTH + eps)
-        added = tl.where(program == 0, x, 0.0)
-        for done in range(UNITS, SHARE, UNITS):
-            at = (program * SHARE + done + one)[:, None] * WIDTH + inner[None, :]
-            inside = ((done + one < SHARE) & (program * SHARE + done + one < INNER))[:, None]
-            next_gate, next_up = tl.load(GATE + at, inside, 0.0), tl.load(UP + at, inside, 0.0)
-            next_down = tl.load(DOWN + at, inside, 0.0)
-            added += _unit(gate, up, down, x, rstd)
-            gate, up, down = next_gate, next_up, next_down
-        W = _pointer(TABLE, tl.minimum(layer + 1, layers - 1) * FIELDS, dtype)
-        weight = tl.load(W + _row(row, first, COLUMNS, HE)[:, None] * WIDTH + inner[None, :])
-        added += _unit(gate, up, down, x, rstd)
-        _add(STREAM + other * WIDTH + inner, added)
+        squares = tl.load(SQUARES + now, cache_modifier=".cg")
+        x += tl.rsqrt(squares / HE + eps) * tl.load(ATTENDED + now * WIDTH + inner, cache_modifier=".cg")
+        square = 1.0 / (tl.sum(x * x, 0) / WIDTH + eps)
+        added = tl.zeros([UNITS, WIDTH], tl.float32)
+        for start in range(begin, end, UNITS):
+            gate_2, up_2, down_2 = _load_units(GATE, UP, DOWN, start + 2 * UNITS, one, end, inner, WIDTH)
+            added += _units(gate, up, down, x, square)
+            gate, up, down = gate_1, up_1, down_1
+            gate_1, up_1, down_1 = gate_2, up_2, down_2
+        total = tl.sum(added, 0) + tl.where(program == 0, x, 0.0)
+        tl.atomic_add(STREAM + other * WIDTH + inner, total, sem="relaxed")
         _arrive(COUNTERS)
+        W = AFTER
+        rows = tl.where(layer + 1 < layers, _row(row, first, COLUMNS, HE), tl.minimum(words + row, vocabulary - 1))
+        weight = tl.load(W + rows.to(tl.int64)[:, None] * WIDTH + inner[None, :])
         everyone += PROGRAMS
         _wait(COUNTERS, everyone, INTERPRETED)
-        x = _sum(STREAM + other * WIDTH + inner)
+        x = tl.load(STREAM + other * WIDTH + inner, cache_modifier=".cg")
 
     if program == PROGRAMS - 1:
-        tl.store(ATTENDED + inner, tl.zeros([WIDTH], tl.int64))
-        tl.store(SQUARES, 0)
+        tl.store(ATTENDED + inner, tl.zeros([WIDTH], tl.float32))
+        tl.store(SQUARES, 0.0)
         tl.store(POSITION, position + 1)
     x *= tl.rsqrt(tl.sum(x * x, 0) / WIDTH + eps)
-    begin = program * tl.cdiv(vocabulary, PROGRAMS)
-    end = tl.minimum(begin + tl.cdiv(vocabulary, PROGRAMS), vocabulary)
-    at = (begin + row).to(tl.int64)[:, None] * WIDTH + inner[None, :]
-    weight = tl.load(HEAD + at, (begin + row < end)[:, None], 0.0)
-    for start in range(begin, end, ROWS):
+    last = tl.minimum(words + tl.cdiv(vocabulary, PROGRAMS), vocabulary)
+    for start in range(words, last, ROWS):
         at = (start + ROWS + row).to(tl.int64)[:, None] * WIDTH + inner[None, :]
-        after = tl.load(HEAD + at, (start + ROWS + row < end)[:, None], 0.0)
+        after = tl.load(W + at, (start + ROWS + row < last)[:, None], 0.0)
         y = tl.sum(weight.to(tl.float32) * x[None, :], 1)
-        tl.store(LOGITS + start + row, y.to(LOGITS.dtype.element_ty), start + row < end)
+        tl.store(LOGITS + start + row, y.to(LOGITS.dtype.element_ty), start + row < last)
         weight = after
 
 
@@ -230,7 +240,7 @@ def launch(step: "DecodeStep", token: Tensor, position: Tensor, logits: Tensor) 
     # A launch of programs that wait for each other: all at once, or an error.
     options = {} if interpreted() else {"launch_cooperative_grid": True}
     _step_kernel[(step.programs,)](
-        token, position, step.embedding, step.head, logits, step.table,
+        token, position, step.embedding, logits, step.table,
         step.squares if step.log_decay is None else step.log_decay,
         step.stream, step.attended, step.squares, step.qkvu, step.counters,
         step.embedding_scale, step.norm_eps, len(step.layers), step.head.shape[0],

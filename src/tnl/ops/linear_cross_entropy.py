@@ -110,8 +110,16 @@ def _compute(
         if need_dhidden:
             torch.mm(logits, head, out=dhidden[part])
         if need_dweight:
-            dweight += logits.T @ hidden_states[part]
+            _add_product(dweight, logits.T, hidden_states[part])
     return loss, dhidden, dweight.to(weight.dtype)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b`` in the dtype of ``total``; on a GPU the product is not rounded to 16 bits before."""
+    if total.is_cuda and total.dtype != a.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
 
 
 @torch.library.register_fake("tnl::linear_cross_entropy")
