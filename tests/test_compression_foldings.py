@@ -22,6 +22,7 @@ def test_cuts_cover_the_size_with_little_padding(size: int, count: int) -> None:
 def test_exact_cuts_are_balanced() -> None:
     assert cut_size(1024, 2) == (32, 32)
     assert cut_size(2816, 2) == (44, 64)
+    assert cut_size(512, 2) == (16, 32)
     assert cut_size(7, 5) == (7,)
 
 

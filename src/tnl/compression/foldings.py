@@ -20,6 +20,7 @@ from tnl.models.tnl.matrix_network import MatrixNetwork
 from tnss.bound import BoundSearch
 
 MOST_PADDING = 1.04  # of a side that does not divide
+PADDING_WEIGHT = 100.0
 BOUND_NODES = 4000
 
 
@@ -80,7 +81,8 @@ def propose_foldings(
 def cut_size(size: int, count: int) -> tuple[int, ...]:
     """Factors, as equal as can be, whose product is the size or a little above it; fewer where it is too small.
 
-    Among the cuts with at most 4 % padding the one with the least sum of factors and padding is taken.
+    Among the cuts with at most 4 % padding the one with the least sum of factors is taken, 1 % of padding counting as
+    much as factors twice as large: padded sides are copied in every forward pass.
     """
     count = max(1, min(count, int(math.log2(max(2, size)))))
     ideal = size ** (1 / count)
@@ -93,7 +95,7 @@ def cut_size(size: int, count: int) -> tuple[int, ...]:
         padding = math.prod(first) * last / size
         if padding <= MOST_PADDING:
             factors = tuple(sorted((*first, last)))
-            score = (padding - 1) * 10 + sum(factors) / (count * ideal)
+            score = (padding - 1) * PADDING_WEIGHT + sum(factors) / (count * ideal)
             if best is None or (score, factors) < best:
                 best = score, factors
     return best[1] if best is not None else (size,)
