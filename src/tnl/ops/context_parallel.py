@@ -274,17 +274,17 @@ def _choose_segments(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, backend: s
         return 1
     from tnl.ops import context_parallel_triton
 
-    return context_parallel_triton.choose_segments(q, v)
+    return context_parallel_triton.choose_segments(*q.shape, v.shape[-1], q.dtype, q.device)
 
 
 def _cut(x: Tensor, segments: int) -> Tensor:
     """``[B, T, ...]`` as ``[B S, T / S, ...]``: segments side by side, as sequences of their own."""
-    return x if segments == 1 else x.unflatten(1, (segments, -1)).flatten(0, 1)
+    return x if segments == 1 else x.reshape(x.shape[0] * segments, -1, *x.shape[2:])
 
 
 def _join(x: Tensor, segments: int) -> Tensor:
     """``[B S, T / S, ...]`` as ``[B, T, ...]``."""
-    return x if segments == 1 else x.unflatten(0, (-1, segments)).flatten(1, 2)
+    return x if segments == 1 else x.reshape(x.shape[0] // segments, -1, *x.shape[2:])
 
 
 # --- Exchange --------------------------------------------------------------------------------------------------
@@ -339,7 +339,7 @@ class _Exchange:
     def decays(self) -> Tensor:
         """Forward, after :meth:`wait`: the total log decays of all ranks ``[R, B, Hq]``."""
         assert self.decay is not None
-        return self._received[:, self._size :].unflatten(1, self.decay.shape).clone()
+        return self._received[:, self._size :].clone().view(-1, *self.decay.shape)
 
     def enter(self, decays: Tensor, begun: Tensor | None, segments: int) -> Tensor:
         """The states ``[B S, Hq, K, M]`` that enter this rank's segments.

@@ -3,6 +3,8 @@
 Dimensions: B batch, T tokens, Hq heads, K rows and M columns of the state, P parts of a sum, S segments of a sequence.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -100,15 +102,17 @@ def sum_up(y: Tensor, z: Tensor, log_weight: Tensor, before: bool, heads: int) -
 # --- Segments ---------------------------------------------------------------------------------------------------
 
 
-def choose_segments(q: Tensor, v: Tensor) -> int:
+@functools.lru_cache
+def choose_segments(
+    batch: int, tokens: int, heads: int, D: int, E: int, dtype: torch.dtype, device: torch.device
+) -> int:
     """Into how many segments of one length to cut the tokens: those that leave the fewest multiprocessors idle.
 
     A program walks along a segment, one at a time on a multiprocessor, so the programs of a launch should be a little
     fewer than a multiple of these. The backward pass has twice as many.
     """
-    batch, tokens, heads, D = q.shape
-    E, processors = v.shape[-1], _processors(q.device)
-    walks = batch * heads * ceil_div(E, choose_tiles(D, E, q.dtype, False, False, False).columns)
+    processors = _processors(device)
+    walks = batch * heads * ceil_div(E, choose_tiles(D, E, dtype, False, False, False).columns)
     best, segments = 0.0, 1
     for count in range(1, min(WAVES * processors // walks, tokens // SHORTEST_SEGMENT) + 1):
         used = walks * count / (ceil_div(walks * count, processors) * processors)
