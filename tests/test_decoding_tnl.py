@@ -167,16 +167,21 @@ def test_streamer_and_stopping_criteria() -> None:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_captured_graph(kernels: str, rows: int, dtype: torch.dtype) -> None:
-    """A replay is bitwise the same step without a graph; against float32 the fused step is as good as the modules."""
+    """A replay is bitwise the same step without a graph, but where programs add up in any order; against float32 the
+    fused kernels are as good as the modules."""
     changes = {"hidden_size": 512, "num_attention_heads": 4, "intermediate_size": 1408, "initializer_range": 0.05}
     exact, model = (small_model("cuda", **changes).to(kind) for kind in (torch.float32, dtype))
     tokens = random_tokens(rows, 40, "cuda")
     captured = decode_all(model, tokens, kernels=kernels, capture=True)
-    assert torch.equal(captured, decode_all(model, tokens, kernels=kernels, capture=False))
+    plain = decode_all(model, tokens, kernels=kernels, capture=False)
     with torch.no_grad():
         wanted = exact(tokens).logits[:, 2:]
     modules = decode_all(model, tokens, kernels="modules", capture=False)
     floor = 1e-5 * wanted.norm()
+    if kernels == "step":
+        assert (captured - plain).float().norm() <= (modules.float() - wanted).norm() + floor
+    else:
+        assert torch.equal(captured, plain)
     assert (captured.float() - wanted).norm() <= 2 * (modules.float() - wanted).norm() + floor
 
 
