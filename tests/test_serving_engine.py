@@ -1,6 +1,8 @@
 """TNL on vLLM's engine: token for token what `generate` writes. Tier T0, needs vLLM (`make test-serve`)."""
 
 import gc
+import json
+import lzma
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +13,8 @@ import torch
 
 from tests.serving_models import NEW_TOKENS, Reference, load, reference, references, save_tiny
 from tnl.models.tnl.matrix_network import MatrixNetwork
+from tnl.serving.folder import CHAT_TEMPLATE, has_chat_template
+from tnl.training.tokenizer import train_bpe
 from tnss import Structure
 
 pytestmark = pytest.mark.serve
@@ -129,15 +133,85 @@ def test_prefix_caching(engine: StartEngine, folder: Path, expected: list[Refere
     assert all(result.num_cached_tokens == kept for result in run(llm, others))
 
 
+def test_prompts_that_begin_alike(engine: StartEngine, folder: Path) -> None:
+    """States are kept at regular places of long prompts where that is asked for; the next prompt goes on from one."""
+    llm = engine(folder, states=100, enable_prefix_caching=True, prefix_cache_retention_interval=CHUNK)
+    random = torch.Generator().manual_seed(1)
+    common = torch.randint(0, 256, (1000,), generator=random).tolist()
+    prompts = [[*common, *range(i, 60)] for i in range(8)]
+    wanted = [one for prompt in prompts if (one := reference(folder, prompt)) is not None]
+    run(llm, wanted[:1])
+    assert all(result.num_cached_tokens == 3 * CHUNK for result in run(llm, wanted[1:]))
+
+
 def test_compiled(engine: StartEngine, folder: Path, expected: list[Reference]) -> None:
     run(engine(folder, enforce_eager=False), expected)
 
 
+def a_novel(shared_data: Path) -> list[str]:
+    with lzma.open(shared_data / "novels" / "test" / "moby-dick.txt.xz", "rt") as file:
+        return file.read().splitlines()[:4000]
+
+
+def finished(text: str) -> str:
+    """Without the character that is not yet whole at the end."""
+    return text.rstrip("\N{REPLACEMENT CHARACTER}")
+
+
 def test_released_format(engine: StartEngine, shared_data: Path, tmp_path: Path) -> None:
+    """As it is released: weights, a sentencepiece file, and a tokenizer class of whose code the folder has a name."""
+    import sentencepiece
+
     for name in ("config.json", "model.safetensors"):
         shutil.copy(shared_data / "released-format-checkpoint" / name, tmp_path)
-    llm = engine(tmp_path, skip_tokenizer_init=True)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(a_novel(shared_data)), model_prefix=str(tmp_path / "tokenizer"), vocab_size=512,
+        model_type="bpe", byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, add_dummy_prefix=False,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    settings = {"tokenizer_class": "BaiChuanTokenizer", "add_bos_token": False, "bos_token": "<s>", "eos_token": "</s>",
+                "auto_map": {"AutoTokenizer": ["tokenization_baichuan.BaiChuanTokenizer", None]}}  # fmt: skip
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    llm = engine(tmp_path)
     run(llm, references(tmp_path, [1, 1, 2, 30, 300, 700]))
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    prompt = pieces.encode("Human:\nCall  me Ishmael \u20ac.\nAssistant:\n")
+    answer = talk(llm, CHAT_TEMPLATE.read_text(), [{"role": "user", "content": "Call  me Ishmael \u20ac."}], prompt)
+    decode = llm.get_tokenizer().decode
+    assert finished(answer.text) == finished(decode(answer.token_ids))
+    assert decode(prompt) == pieces.decode(prompt)
+
+
+def test_chat_template_of_the_model(engine: StartEngine, shared_data: Path, tmp_path: Path) -> None:
+    """A byte-pair encoding with tokens for the turns of a conversation, saved with its template."""
+    save_tiny(tmp_path, vocab_size=400)
+    tokenizer = train_bpe(a_novel(shared_data), 398)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>", "<|end|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|turn|>{{ m.role }}\n{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path)
+    assert has_chat_template(str(tmp_path))
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ishmael."},
+             {"role": "user", "content": "Tell me more,  please."}]  # fmt: skip
+    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    assert prompt.count(tokenizer.convert_tokens_to_ids("<|turn|>")) == 4
+    answer = talk(engine(tmp_path), None, turns, prompt)
+    assert finished(answer.text) == finished(tokenizer.decode(answer.token_ids, skip_special_tokens=True))
+
+
+def talk(llm: Any, template: str | None, messages: list[dict[str, str]], prompt: list[int]) -> Any:
+    """The answer in a conversation, compared with how `generate` continues `prompt`."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    (result,) = llm.chat(messages, parameters, chat_template=template, use_tqdm=False)
+    assert result.prompt_token_ids == prompt
+    wanted = reference(Path(llm.llm_engine.vllm_config.model_config.model), prompt)
+    assert wanted is not None
+    assert list(result.outputs[0].token_ids) == wanted.tokens
+    return result.outputs[0]
 
 
 VARIANTS: list[dict[str, Any]] = [

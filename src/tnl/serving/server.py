@@ -67,14 +67,17 @@ def complete(options: Namespace) -> None:
     from vllm import AsyncEngineArgs
     from vllm.platforms import current_platform
 
+    from tnl.serving.configuration import is_hybrid
+
     model_config = AsyncEngineArgs.from_cli_args(options).create_model_config()
     config = model_config.hf_config
     sized = options.kv_cache_memory_bytes or options.num_gpu_blocks_override or os.environ.get("VLLM_CPU_KVCACHE_SPACE")
-    if isinstance(config, TnlConfig) and not sized:
+    if isinstance(config, TnlConfig) and not is_hybrid(config) and not sized:
         each = state_bytes(config, options.tensor_parallel_size, options.pipeline_parallel_size)
         states = options.max_num_seqs * (CACHED_STATES_PER_REQUEST if options.enable_prefix_caching else 1)
         options.kv_cache_memory_bytes = (states + 1) * each  # vLLM keeps one row to itself
-    if options.chat_template is None and not has_chat_template(options.tokenizer or options.model):
+    named = {"revision": options.tokenizer_revision, "trust_remote_code": options.trust_remote_code}
+    if options.chat_template is None and not has_chat_template(options.tokenizer or options.model, **named):
         options.chat_template = str(CHAT_TEMPLATE)
     cores, ranks = sorted(os.sched_getaffinity(0)), options.tensor_parallel_size
     if current_platform.is_cpu() and 1 < ranks <= len(cores):
