@@ -19,14 +19,12 @@ def interpreted() -> bool:
 
 
 def triton_installed() -> bool:
-    """Whether the package triton can be imported; looked up once."""
-    global _has_triton
-    if _has_triton is None:
-        _has_triton = importlib.util.find_spec("triton") is not None
-    return _has_triton
+    """Whether the package triton can be imported."""
+    return _HAS_TRITON
 
 
-_has_triton: bool | None = None
+# Looked up here: while torch.compile is tracing, a look-up would break the graph.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def resolve_backend(backend: str, q: Tensor) -> str:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tnl.ops.decode_step import DecodeStep
 
 TURN = tl.constexpr(2 * math.pi)
-FIELDS = tl.constexpr(7)  # of a layer in the table: qkvu, out, gate, up, down, state, theta; behind all layers, the head
+FIELDS = tl.constexpr(7)  # of a layer in the table: qkvu, out, gate, up, down, state, theta; the head comes last
 LINE = tl.constexpr(32)  # counters, 4 bytes each, that lie in lines of their own
 TILE_BYTES = 1 << 16  # weights that a program asks for at once: 132 of these cover the way to memory several times
 WARPS = 8
@@ -92,7 +92,7 @@ def _load_units(GATE, UP, DOWN, start, one, end, inner, WIDTH: tl.constexpr):
 
 @triton.jit
 def _units(gate, up, down, x, square):
-    """What some units of the gated linear unit add to the residual stream, one a row; ``square`` of the norm's factor."""
+    """What units of the gated linear unit add to the residual stream, one a row; ``square`` of the norm's factor."""
     g, u = tl.reduce((gate.to(tl.float32) * x[None, :], up.to(tl.float32) * x[None, :]), 1, _pair)
     return down.to(tl.float32) * (square * g * u)[:, None]
 
