@@ -133,15 +133,15 @@ def test_prefix_caching(engine: StartEngine, folder: Path, expected: list[Refere
     assert all(result.num_cached_tokens == kept for result in run(llm, others))
 
 
-def test_prompts_that_begin_alike(engine: StartEngine, folder: Path) -> None:
-    """States are kept at regular places of long prompts where that is asked for; the next prompt goes on from one."""
-    llm = engine(folder, states=100, enable_prefix_caching=True, prefix_cache_retention_interval=CHUNK)
-    random = torch.Generator().manual_seed(1)
-    common = torch.randint(0, 256, (1000,), generator=random).tolist()
+def test_prompts_that_begin_alike(engine: StartEngine, folder: Path, expected: list[Reference]) -> None:
+    """The state at the end of each step of a prompt is kept where that is asked for; the next goes on from the last."""
+    llm = engine(folder, states=200, enable_prefix_caching=True, prefix_cache_retention_interval=16)
+    common = torch.randint(0, 256, (1000,), generator=torch.Generator().manual_seed(1)).tolist()
     prompts = [[*common, *range(i, 60)] for i in range(8)]
     wanted = [one for prompt in prompts if (one := reference(folder, prompt)) is not None]
-    run(llm, wanted[:1])
-    assert all(result.num_cached_tokens == 3 * CHUNK for result in run(llm, wanted[1:]))
+    run(llm, [*expected[:8], wanted[0], *expected[8:12]])  # beside others, so that steps end anywhere
+    again = run(llm, wanted[1:])
+    assert all(len(common) - CHUNK <= result.num_cached_tokens < len(common) for result in again)
 
 
 def test_compiled(engine: StartEngine, folder: Path, expected: list[Reference]) -> None:
