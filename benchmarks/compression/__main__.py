@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 1.0
 ACTIONS = ("compress", "heal")
-SPEED_COLUMNS = ("tokens_per_second", "decoded_tokens_per_second", "memory_gib")
+SPEED_COLUMNS = ("tokens_per_second", "decoded_tokens_per_second", "memory_gib", "compiled_tokens_per_second")
 
 
 def main() -> None:
@@ -195,7 +195,7 @@ def write_table(options: argparse.Namespace) -> None:
     """All rows that are known, as `SCALE.csv` in the output folder."""
     folder, rows = options.work / "rows", []
     for case in CASES:
-        speed = read(folder / f"{case.name}.speed.json") or dict.fromkeys(SPEED_COLUMNS)
+        speed = dict.fromkeys(SPEED_COLUMNS) | read(folder / f"{case.name}.speed.json")
         rows += [row | speed for healed in (0, 1) if (row := read(folder / f"{case.name}.{healed}.json"))]
     if not rows:
         return

@@ -11,10 +11,10 @@ Row = dict[str, str]
 DOCS = REPOSITORY / "docs"
 MARKS = ("<!-- table of python -m benchmarks.compression plot -->", "<!-- end of the table -->")
 HEADER = (
-    "method", "parameters of the matrices", "before healing", "healed", "healed, int8", "MB, int8", "tokens/s",
-    "decoded/s",
+    "method", "parameters of the matrices", "before healing", "healed", "healed, int8", "MB, int8", "GiB", "tokens/s",
+    "decoded/s", "seconds",
 )  # fmt: skip
-SPEEDS = ("tokens_per_second", "decoded_tokens_per_second")
+SPEEDS = ("tokens_per_second", "decoded_tokens_per_second")  # whole numbers in the table
 COLOURS = dict(zip(METHODS, ("tab:red", "tab:purple", "tab:blue", "tab:cyan", "tab:green", "tab:olive"), strict=True))
 
 
@@ -44,12 +44,14 @@ def write_table(rows: Sequence[Row], page: Path) -> None:
         columns = ("bits_per_byte", "bits_per_byte_int8")
         cells += ["" if healed is None else _bits(healed, name, original) for name in columns]
         cells.append(f"{int(first['bytes_int8']) / 1e6:.1f}")
+        cells.append(f"{float(first['memory_gib']):.2f}" if first["memory_gib"] else "")
         cells += [f"{int(first[name]):,}" if first[name] else "" for name in SPEEDS]
+        cells.append(f"{float(first['compress_seconds']):.0f}" if first["compress_seconds"] else "")
         lines.append(f"| {' | '.join(cells)} |")
     before, _, rest = page.read_text().partition(MARKS[0])
     _, _, after = rest.partition(MARKS[1])
     about = f"{rows[0]['device']}, PyTorch {rows[0]['torch']}, transformers {rows[0]['transformers']}"
-    rates = sorted({row["healing_rate"] for row in rows if row.get("healing_rate", "0") != "0"})
+    rates = sorted({row["healing_rate"] for row in rows if float(row.get("healing_rate", 0))})
     healing = f"Healed at {' or '.join(rates)} of the training's learning rate, whichever was better."
     if not rates:
         healing = "Healed at half of the training's learning rate, which is too much: most models are worse for it."

@@ -31,6 +31,7 @@ Row = dict[str, Any]
 DECODED_TOKENS = 64
 DECODED_ROWS = 16
 REPEATS = 5
+COMPILED = ((ORIGINAL, 1.0), ("TnALE search", 0.5), ("SVD, same tools", 0.5))  # also timed compiled
 
 
 @dataclass(frozen=True)
@@ -145,12 +146,19 @@ def measure(folder: Path, scale: Scale, place: Place, first: Row) -> Row:
 def measure_speed(cases: list[Case], scale: Scale, place: Place) -> None:
     """Speed and memory of the models that were written, one after another, in 16 bits (float32 on a CPU)."""
     device = choose_device("auto")
-    for case in cases:
-        folder = place.model if case.method == ORIGINAL else place.work / "cases" / case.name
-        if (folder / "model" / "config.json").exists() and (place.work / "rows" / f"{case.name}.0.json").exists():
-            dtype = "bfloat16" if device.type == "cuda" else "float32"
-            model, tokenizer = load_model(str(folder / "model"), device, dtype)
-            write(place, f"{case.name}.speed", speed(model, held_out_rows(tokenizer, scale, place)))
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
+    folders = {case: place.model if case.method == ORIGINAL else place.work / "cases" / case.name for case in cases}
+    measured = [case for case in cases if (place.work / "rows" / f"{case.name}.0.json").exists()]
+    for case in measured:
+        model, tokenizer = load_model(str(folders[case] / "model"), device, dtype)
+        write(place, f"{case.name}.speed", speed(model, held_out_rows(tokenizer, scale, place)))
+    for case in measured:  # last, since compiling takes a minute
+        if (case.method, case.budget) in COMPILED:
+            model, tokenizer = load_model(str(folders[case] / "model"), device, dtype)
+            row = json.loads((place.work / "rows" / f"{case.name}.speed.json").read_text())
+            tokens = held_out_rows(tokenizer, scale, place).tokens[:DECODED_ROWS].to(device)
+            row["compiled_tokens_per_second"] = round(tokens.numel() / forward_seconds(torch.compile(model), tokens))
+            write(place, f"{case.name}.speed", row)
 
 
 def held_out_rows(tokenizer: PreTrainedTokenizerBase, scale: Scale, place: Place) -> Rows:
@@ -211,30 +219,38 @@ def speed(model: TnlForCausalLM, rows: Rows) -> Row:
     cuda = model.device.type == "cuda"
     decoder = TnlDecoder(model, len(tokens))
 
-    def timed(call: Callable[[], object]) -> float:
-        seconds = []
-        for _ in range(REPEATS + 1):
-            started = time.perf_counter()
-            call()
-            if cuda:
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - started)
-        return statistics.median(seconds[1:])
-
     def decode() -> None:
         for _ in range(DECODED_TOKENS):
             decoder.step(tokens[:, 0])
 
-    decoding = timed(decode)
+    decoding = median_seconds(decode)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    forward = timed(lambda: model(input_ids=tokens, use_cache=False, logits_to_keep=1))
+    forward = forward_seconds(model, tokens)
     memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
     return {
         "tokens_per_second": round(tokens.numel() / forward),
         "decoded_tokens_per_second": round(len(tokens) * DECODED_TOKENS / decoding),
         "memory_gib": round(memory, 4),
     }
+
+
+@torch.inference_mode()
+def forward_seconds(model: Callable[..., object], tokens: Tensor) -> float:
+    """Of a forward pass."""
+    return median_seconds(lambda: model(input_ids=tokens, use_cache=False, logits_to_keep=1))
+
+
+def median_seconds(call: Callable[[], object]) -> float:
+    """Median of some calls after a first one."""
+    seconds = []
+    for _ in range(REPEATS + 1):
+        started = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
 
 
 def write(place: Place, name: str, row: Row) -> None:
