@@ -99,7 +99,7 @@ GPU = Scale(
         "calibration_tokens": 1 << 17,
         "sequence_length": 1024,
         "orders": [3],
-        "evaluations": 4,
+        "evaluations": 8,
         "iterations": 160,
         "executor": "joblib",
         "workers": 4,
@@ -127,4 +127,4 @@ TINY = Scale(
 )
 SCALES = {"gpu": GPU, "cpu": CPU, "tiny": TINY}
 HEALING_SHARE = 0.05
-HEALING_LEARNING_RATES = (0.05, 0.2)  # of that of training; the better run counts, for every method
+HEALING_LEARNING_RATES = (0.1, 0.3)  # of that of training; the better run counts, for every method

@@ -99,20 +99,17 @@ class Matrix:
         m, n = self.shape
         return rank * (m + n - (rank if pinned and m > rank else 0))
 
-    def ranks(self) -> list[int]:
-        """The ranks that factors may have."""
-        return [rank for rank in range(1, min(self.shape) + 1) if aligned(rank) == rank]
-
     def rank_within(self, parameters: int, pinned: bool) -> int:
         """The largest rank whose factors need at most so many parameters (0: none)."""
-        return max((rank for rank in self.ranks() if self.svd_parameters(rank, pinned) <= parameters), default=0)
+        ranks = range(1, min(self.shape) + 1)
+        return max((rank for rank in ranks if self.svd_parameters(rank, pinned) <= parameters), default=0)
 
     def options(self, pinned: bool) -> list[Option]:
-        """Dense, all truncated decompositions that are smaller, and the networks."""
+        """Dense, truncated decompositions of all aligned ranks that are smaller, and the networks."""
         errors = self.spectrum.errors().tolist()
         dense = self.weight.numel()
         options = [Option("dense", dense, 0.0)]
-        for rank in self.ranks():
+        for rank in dict.fromkeys(aligned(rank) for rank in range(1, min(self.shape) + 1)):
             parameters = self.svd_parameters(rank, pinned)
             if parameters < dense:
                 options.append(Option("svd", parameters, errors[rank], rank=rank))
@@ -131,8 +128,8 @@ class Matrix:
 
 
 def aligned(rank: int) -> int:
-    """The rank, rounded down to a multiple of 8 from 32 on."""
-    return rank if rank < 4 * ALIGNED else rank // ALIGNED * ALIGNED
+    """The rank, rounded down to a multiple of 8 from 64 on."""
+    return rank if rank < 8 * ALIGNED else rank // ALIGNED * ALIGNED
 
 
 def front(options: list[Option]) -> Front:
