@@ -114,14 +114,16 @@ def test_tokens_after_the_step_are_left_alone() -> None:
     assert (output[:3] != 7).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_with_two_pools_is_rounded_once(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "backend"), [(torch.bfloat16, "torch"), (torch.float16, "torch"), (torch.float16, "triton")]
+)
+def test_half_precision_with_two_pools_is_rounded_once(dtype: torch.dtype, backend: str) -> None:
     q, k, v = (x.to(dtype) for x in texts(2)[1])
     exact = whole((q.double(), k.double(), v.double()), DECAY.double())
     pools = [torch.zeros(1, HEADS, WIDTH, WIDTH) for _ in range(2)]
     rows, output = torch.zeros(1, dtype=torch.int32), torch.empty_like(v)
     empty = PooledStep(rows, torch.tensor([], dtype=torch.int64), torch.zeros(1, dtype=torch.int32), 1)
     for t in range(len(q)):
-        attend([empty] * 2, q[t : t + 1], k[t : t + 1], v[t : t + 1], DECAY, pools, output[t : t + 1])
+        attend([empty] * 2, q[t : t + 1], k[t : t + 1], v[t : t + 1], DECAY, pools, output[t : t + 1], backend)
     half_a_unit = torch.finfo(dtype).eps / 2
     assert ((output.double() - exact).abs() <= 1.01 * half_a_unit * exact.abs() + 1e-5).all()

@@ -47,7 +47,8 @@ def attend(
     """Let each token attend to all that its request has read; move the states on.
 
     The decodes are one call of :func:`tnl.ops.lightning_attention_step` a pool, the prefills one packed call of
-    :func:`tnl.ops.lightning_attention`. Neither reads nor writes another row of the pools than those of the step.
+    :func:`tnl.ops.lightning_attention`; in Triton their kernels on the pool itself. Neither reads nor writes another
+    row of the pools than those of the step.
 
     Args:
         steps: Rows in each of the pools, and boundaries, which are the same in all.
@@ -59,42 +60,38 @@ def attend(
         output: `[N, H, E]`, written in place.
         backend: As in :func:`tnl.ops.lightning_attention`.
     """
-    backend = resolve_backend(backend, query)
     decodes, end = len(steps[0].decode_rows), steps[0].num_tokens
+    decode, prefill = _decode_copied, _prefill_copied
+    if resolve_backend(backend, query) == "triton":
+        from tnl.serving.pooled_triton import decode, prefill
     if decodes:
-        output[:decodes] = _decode(steps, query[:decodes], key[:decodes], value[:decodes], log_decay, pools, backend)
+        q, k, v, into = (x[:decodes] for x in (query, key, value, output))
+        call_on_device(decode, q, k, v, log_decay, pools, [step.decode_rows for step in steps], into)
     if end > decodes:
-        tokens = slice(decodes, end)
-        prefill = _prefill_copied
-        if backend == "triton":
-            from tnl.serving.pooled_triton import prefill
+        q, k, v, into = (x[decodes:end] for x in (query, key, value, output))
         rows = [step.prefill_rows for step in steps]
-        call_on_device(
-            prefill, query[tokens], key[tokens], value[tokens], log_decay, pools, rows, steps[0].prefill_bounds,
-            output[tokens],
-        )  # fmt: skip
+        call_on_device(prefill, q, k, v, log_decay, pools, rows, steps[0].prefill_bounds, into)
 
 
-def _decode(
-    steps: Sequence[PooledStep],
+def _decode_copied(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     log_decay: Tensor | None,
     pools: Sequence[Tensor],
-    backend: str,
-) -> Tensor:
-    rows = [step.decode_rows for step in steps]
-    if len(pools) == 1:
-        return lightning_attention_step(query, key, value, log_decay, pools[0], state_indices=rows[0], backend=backend)
-    # In float32, so that the sum of the halves is rounded once, as in training.
-    query, key, value = query.float(), key.float(), value.float()
-    parts = zip(query.chunk(len(pools), -1), key.chunk(len(pools), -1), pools, rows, strict=True)
+    rows: Sequence[Tensor],
+    output: Tensor,
+) -> None:
+    """What :func:`tnl.serving.pooled_triton.decode` does."""
+    if len(pools) > 1:  # in float32, so that the sum of the halves is rounded once, as in training
+        query, key, value = query.float(), key.float(), value.float()
+    width = value.shape[-1]
+    parts = zip(query.split(width, -1), key.split(width, -1), pools, rows, strict=True)
     outputs = [
-        lightning_attention_step(part_query, part_key, value, log_decay, pool, state_indices=at, backend=backend)
-        for part_query, part_key, pool, at in parts
+        lightning_attention_step(q, k, value, log_decay, pool, state_indices=at, backend="torch")
+        for q, k, pool, at in parts
     ]
-    return torch.stack(outputs).sum(0)
+    output.copy_(torch.stack(outputs).sum(0) if len(outputs) > 1 else outputs[0])
 
 
 def _prefill_copied(

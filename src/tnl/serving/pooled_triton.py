@@ -1,6 +1,4 @@
-"""Prefill on states that stay in a pool, in Triton: the operator's walk, without copies.
-
-It reads each state from its row of the pool, leaves it there, and writes the output where the caller wants it.
+"""The operator's kernels on states that stay in a pool, without copies: outputs too are written where they belong.
 
 Dimensions: N tokens laid end to end, R requests, H heads, D key width, E value width, P rows of a pool.
 """
@@ -12,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tnl.ops.lightning_step_triton import _step_kernel, choose_step_tiles
 from tnl.ops.lightning_triton import (
     Tiles,
     _aligned,
@@ -119,3 +118,42 @@ def prefill(
         (len(pools), decay, cut.packed, cut.split, precision, tiles.tokens, block_d, block_c),
         tiles,
     )  # fmt: skip
+
+
+def decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor | None,
+    pools: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    output: Tensor,
+) -> None:
+    """The next token of each of R requests, by the kernel of :func:`tnl.ops.lightning_attention_step`.
+
+    Args:
+        query: ``[R, H, D]``; ``key`` alike.
+        key: ``[R, H, D]``.
+        value: ``[R, H, E]``.
+        log_decay: As in :func:`prefill`, and so ``pools``.
+        pools: One or two.
+        rows: In each of the pools, ``[R]`` int32; negative for padding, whose output is zero.
+        output: ``[R, H, E]`` contiguous, written in place.
+    """
+    requests, heads, E = value.shape
+    log_decay, decay = _decay_form(log_decay)
+    tiles = choose_step_tiles(requests * heads, E)
+    # The sum of two parts is rounded once.
+    parts = output[None] if len(pools) == 1 else output.new_empty(len(pools), *output.shape, dtype=torch.float32)
+    for part, pool, at, q, k in zip(parts, pools, rows, query.split(E, -1), key.split(E, -1), strict=True):
+        strides = [stride for x in (q, k, value) for stride in (x.stride(0), 0, x.stride(1))]
+        _launch(
+            _step_kernel, requests * heads * ceil_div(E, tiles.columns), (),
+            (q, k, value, part, _or(log_decay, part), pool, pool, at),
+            (1.0, heads, 1),
+            (*strides, 0, 0, pool.stride(0), pool.stride(1), 1, E, E, E, 1),
+            (decay == 1, True, False, _padded(E), tiles.columns),
+            tiles,
+        )  # fmt: skip
+    if len(pools) > 1:
+        torch.add(*parts, out=output)

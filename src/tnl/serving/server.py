@@ -17,9 +17,11 @@ CACHED_STATES_PER_REQUEST = 4
 DESCRIPTION = """Serve a TNL with vLLM: an OpenAI-compatible server at http://127.0.0.1:8000/v1.
 
 MODEL is the folder of a run of `tnl train`, a folder that save_pretrained or `tnl compress` wrote, a released
-TransNormerLLM folder, or the name of one on the Hugging Face Hub. All options are vLLM's. Defaults that differ: --host 127.0.0.1;
---max-num-seqs 256 requests at once; --kv-cache-memory-bytes as many as their states take; requests of up to 131072
-tokens (--max-model-len); a plain chat template where the model has none. States are float32 whatever --dtype is.
+TransNormerLLM folder, or the name of one on the Hugging Face Hub. All options are vLLM's. Defaults that differ:
+--host 127.0.0.1; --max-num-seqs 256 requests at once; --kv-cache-memory-bytes as many as their states take; requests of
+up to 131072 tokens (--max-model-len); a plain chat template where the model has none.
+
+States are float32 whatever --dtype is.
 """
 USAGE = "tnl serve MODEL [options of vLLM]"
 INSTALL = (
