@@ -39,7 +39,7 @@ from tnl.training.data import (
     prepare_tokenizer,
 )
 from tnl.training.flops import flops_per_token, matrix_parameters, peak_flops
-from tnl.training.model import build_model, keeps_documents_apart, save_model
+from tnl.training.model import build_model, fill_model, keeps_documents_apart, save_model
 from tnl.training.parallel import Ranks, join_ranks
 from tnl.training.report import Report, memory_gib
 from tnl.training.tokenizer import TextEncoder
@@ -168,13 +168,17 @@ def assemble(settings: TrainSettings, ranks: Ranks) -> Run:
     rows = make_rows(corpus, settings.sequence_length, settings.seed, ranks.context)
     loader = make_loader(rows, sampler, settings.data.workers)
 
-    torch.manual_seed(settings.seed)
-    model = build_model(settings.model, tokenizer, settings.sequence_length, ranks.device)
+    model, weights = build_model(settings.model, tokenizer, settings.sequence_length)
     identity = identify(settings, model, corpus)
     token_flops = flops_per_token(matrix_parameters(model), model.config, settings.sequence_length)
-    if not keeps_documents_apart(model):
-        report.say(f"warning: {type(model).__name__} lets the documents of a row see each other")
     parallel.lay_out(model, settings.parallel, ranks)
+    torch.manual_seed(settings.seed)
+    fill_model(model, weights, ranks.device)
+    with parallel.autocast(settings.parallel, ranks), torch.compiler.set_stance("force_eager"):
+        # Layers that share rows between processes keep documents apart, which 8 tokens could not show.
+        if ranks.grid is None and not keeps_documents_apart(model):
+            report.say(f"warning: {type(model).__name__} lets the documents of a row see each other")
+    parallel.shard_again(model)
     optimizer = make_optimizer(model, settings.optimizer)
     if ranks.is_first:
         (output / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))

@@ -1,16 +1,25 @@
 """Models for training, evaluation and generation: made by name, loaded from and saved to Hugging Face folders."""
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -34,9 +43,12 @@ def choose_device(device: str) -> torch.device:
 
 
 def build_model(
-    settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, sequence_length: int, device: torch.device
-) -> PreTrainedModel:
-    """The model that the settings name, in float32 on the device; new weights come from torch's generator.
+    settings: ModelSettings, tokenizer: PreTrainedTokenizerBase, sequence_length: int
+) -> tuple[PreTrainedModel, str | None]:
+    """The model that the settings name, in float32, and the folder or hub name of its weights (None: new ones).
+
+    Its parameters are on the meta device: they take no memory until they are laid out and :func:`fill_model` makes the
+    share of this process.
 
     Raises:
         ValueError: No such model, an unknown field, or a model too small for the tokenizer or the rows.
@@ -51,12 +63,96 @@ def build_model(
     longest = getattr(text_config, "max_position_embeddings", None)
     if longest is not None and longest < sequence_length:
         raise ValueError(f"sequence_length: expected at most the model's {longest} positions, got {sequence_length}")
-    with torch.device(device):
-        if weights is None:
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(weights, config=config, dtype=torch.float32)
-    return model.to(device)
+    with _parameters_without_memory():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model, weights
+
+
+@contextlib.contextmanager
+def _parameters_without_memory() -> Iterator[None]:
+    """New modules have parameters on the meta device, and buffers as they should be."""
+    plain = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # one that is there already is being tied
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        plain(module, name, parameter)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = plain  # type: ignore[method-assign]
+
+
+@torch.no_grad()
+def fill_model(model: PreTrainedModel, weights: str | None, device: torch.device) -> None:
+    """Give a model of `build_model`, sharded or not, its weights: what this process has of them.
+
+    New weights come from torch's generator, the same however the model is sharded. At most one parameter is whole at a
+    time. All processes of a sharded model call it.
+    """
+    model._apply(lambda x: torch.empty_like(x, device=device) if x.is_meta else x.to(device))
+    model.tie_weights()
+    if weights is None:
+        _initialise(model, device)
+    else:
+        _read_weights(model, weights)
+
+
+def _initialise(model: PreTrainedModel, device: torch.device) -> None:
+    done: set[int] = set()
+    for module, owner in _inner_first(model, model):
+        own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+        for name, parameter in own.items():
+            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            module._parameters[name] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+        owner._init_weights(module)
+        for name, parameter in own.items():
+            if id(parameter) not in done:  # what is tied keeps its first values
+                _keep_share(parameter, module._parameters[name].detach())  # type: ignore[union-attr]
+                done.add(id(parameter))
+            module._parameters[name] = parameter
+
+
+def _inner_first(module: nn.Module, owner: PreTrainedModel) -> Iterator[tuple[nn.Module, PreTrainedModel]]:
+    """All modules, the order in which transformers initialises them, and the model whose rules hold for each."""
+    for child in module.children():
+        yield from _inner_first(child, child if isinstance(child, PreTrainedModel) else owner)
+    yield module, owner
+
+
+def _keep_share(parameter: torch.Tensor, whole: torch.Tensor) -> None:
+    """Copy from a whole tensor what a parameter, sharded or not, has of it."""
+    if isinstance(parameter, DTensor):
+        whole = distribute_tensor(
+            whole.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+        ).to_local()
+        parameter = parameter.to_local()
+    parameter.copy_(whole)
+
+
+def _read_weights(model: PreTrainedModel, weights: str) -> None:
+    """From safetensors, only what this process has; other formats, and other names, by way of transformers."""
+    folder = (
+        weights if Path(weights).is_dir() else snapshot_download(weights, allow_patterns=["*.safetensors", "*.json"])
+    )
+    with contextlib.suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    state = model.state_dict()
+    stored: set[str] = set()
+    for path in Path(folder).glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            stored.update(file.keys())
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    tied -= {name for name, _ in model.named_parameters()}
+    wanted = {name: value for name, value in state.items() if name in stored or name not in tied}
+    if wanted.keys() <= stored:
+        dcp.load(wanted, storage_reader=HuggingFaceStorageReader(folder))
+        return
+    whole = AutoModelForCausalLM.from_pretrained(weights, config=model.config, dtype=torch.float32).state_dict()
+    for name, value in state.items():
+        _keep_share(value, whole[name])
 
 
 def _configuration(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedConfig, str | None]:

@@ -221,6 +221,12 @@ def autocast(settings: ParallelSettings, ranks: Ranks) -> contextlib.AbstractCon
     return torch.autocast(ranks.device.type, dtype=torch.bfloat16, enabled=wanted)
 
 
+def shard_again(model: nn.Module) -> None:
+    """Give up the whole weights that a forward pass without a backward pass leaves."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def exchange_gradients(model: nn.Module, wanted: bool) -> None:
     """Whether the next backward pass sums gradients over the processes, or only adds to this one's."""
     if isinstance(model, FSDPModule):
