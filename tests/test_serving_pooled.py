@@ -1,4 +1,6 @@
-"""Steps of a server on pooled states against the operator on whole texts. Tiers T0, T1 (the kernels interpreted)."""
+"""Steps of a server on pooled states against the operator on whole texts. Tiers T0, T1 (the kernels interpreted, or on a GPU)."""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -9,11 +11,19 @@ from tnl.serving.pooled import PooledStep, attend
 
 HEADS, WIDTH, ROWS = 2, 16, 12
 LENGTHS = (1, 5, 20, 36)
-DECAY = -torch.tensor([0.5, 0.01])
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DECAY = -torch.tensor([0.5, 0.01], device=DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def on_device() -> Iterator[None]:
+    """The kernels as they are on a GPU, interpreted elsewhere."""
+    with torch.device(DEVICE):
+        yield
 
 
 def texts(parts: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
     widths = (WIDTH * parts, WIDTH * parts, WIDTH)
     q, k, v = ([torch.randn(n, HEADS, width, generator=generator) for n in LENGTHS] for width in widths)
     return list(zip(q, k, v, strict=True))
@@ -90,7 +100,7 @@ def test_prefills_cut_in_segments(parts: int, lengths: tuple[int, ...], monkeypa
     from tnl.ops import lightning_triton
 
     monkeypatch.setattr(lightning_triton, "cut_sequence", lambda *_: (48, 16))
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
     q, k, v = (torch.randn(sum(lengths), HEADS, WIDTH * n, generator=generator) for n in (parts, parts, 1))
     given = [torch.randn(ROWS, HEADS, WIDTH, WIDTH, generator=generator) for _ in range(parts)]
     nothing, bounds = torch.tensor([], dtype=torch.int32), torch.tensor([0, *lengths]).cumsum(0).int()
