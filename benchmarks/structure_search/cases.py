@@ -340,14 +340,14 @@ def gpu(seed: int) -> Iterator[Row]:
 
 CASES = {
     "fidelity": Case(10, fidelity),
-    "evaluation": Case(10, evaluation),
+    "evaluation": Case(40, evaluation),
     "planted": Case(10, planted),
     "rings": Case(40, rings),
     "plateau": Case(10, plateau),
     "images": Case(10, images),
     "topology": Case(6, topology),
     "topology_6": Case(6, topology_6),
-    "noise": Case(10, noise),
+    "noise": Case(20, noise),
     "methods": Case(10, methods),
     "large": Case(1, large),
     "gpu": Case(1, gpu),

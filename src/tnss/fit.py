@@ -35,6 +35,8 @@ ALIKE = 3e-3  # relative difference of the errors of two starts that are taken f
 SLOW = 0.8  # ratio of two gains in a row above which their decay is not trusted
 ANNEALED_TO = 1e-3  # the ridge of random starts falls from 1 to this, then to nothing
 GROWTH_SWEEPS = 3  # sweeps at each rank while growing
+SETTLING = 60  # sweeps after the ridge is gone before starts of a structure are raced: the order changes until then
+BEHIND = 1.3  # times the least error so far, above which a start that has settled is given up
 
 
 @dataclass(frozen=True)
@@ -372,7 +374,10 @@ class _Race:
         for slot, start in sorted(enumerate(self.active), key=lambda pair: pair[1].history[-1]):
             grown = GROWTH_SWEEPS * self.levels[start.request]
             ready = sweep >= max(cooled, grown) + self.settings.check_every
-            if self._is_done(start, sweep, ready) or (ready and self.settings.racing and start.is_like_one_of(kept)):
+            settled = sweep >= max(cooled, grown) + SETTLING
+            if self._is_done(start, sweep, ready, settled) or (
+                ready and self.settings.racing and start.is_like_one_of(kept)
+            ):
                 start.sweeps = sweep
                 done.append(slot)
             elif ready:
@@ -380,7 +385,7 @@ class _Race:
         if done:
             self._take_out(sorted(done))
 
-    def _is_done(self, start: _Start, sweep: int, ready: bool) -> bool:
+    def _is_done(self, start: _Start, sweep: int, ready: bool, settled: bool) -> bool:
         rse = start.history[-1]
         best = {kind: self.best.get((start.request, kind), math.inf) for kind in get_args(Kind)}
         if min(best.values()) <= self.settings.tolerance or sweep >= self.settings.sweeps:
@@ -395,8 +400,10 @@ class _Race:
         hope = rse - gain * _looks_to_come(start.history, (self.settings.sweeps - sweep) / self.settings.check_every)
         target = self.requests[start.request].target
         start.dropped = target is not None and ready and hope > target
-        # annealed and grown starts end in different minima at different speeds: early leads between them say little
-        return start.dropped or (ready and hope > min(best[start.kind], best["warm"]))
+        if start.dropped or (ready and hope > best["warm"]):
+            return True
+        # annealed and grown starts end in different minima at different speeds: small leads between them say little
+        return settled and (hope > best[start.kind] or rse > BEHIND * min(best.values()))
 
     def _take_out(self, done: list[int]) -> None:
         data = self.data if len(self.data) == 1 else self.data[done]
