@@ -1,4 +1,4 @@
-"""Steps of a server on pooled states against the operator on whole texts. Tiers T0, T1 (kernels interpreted, or on a GPU)."""
+"""Steps of a server on pooled states against the operator on whole texts. Tiers T0, T1 (or the kernels on a GPU)."""
 
 from collections.abc import Iterator
 

@@ -18,17 +18,23 @@ class ServedTensorNetwork(TensorNetworkLinear):
         return super().forward(x), None
 
 
-def kept_networks(vllm_config: VllmConfig) -> dict[str, MatrixNetwork]:
-    """The matrices that stay tensor networks, by their names in the model; none under tensor parallelism."""
-    if vllm_config.parallel_config.tensor_parallel_size > 1:
-        return {}
-    described: Mapping[str, Any] = vllm_config.model_config.hf_config.tensor_networks or {}
-    return {name: MatrixNetwork.from_dict(network) for name, network in described.items()}
+def stays_compressed(vllm_config: VllmConfig) -> bool:
+    """Whether there are matrices that stay tensor networks; none do under tensor parallelism."""
+    alone = vllm_config.parallel_config.tensor_parallel_size == 1
+    return alone and bool(vllm_config.model_config.hf_config.tensor_networks)
+
+
+def kept_network(vllm_config: VllmConfig, name: str) -> MatrixNetwork | None:
+    """The tensor network that the matrix of this name in the model stays."""
+    if not stays_compressed(vllm_config):
+        return None
+    described = vllm_config.model_config.hf_config.tensor_networks.get(name)
+    return None if described is None else MatrixNetwork.from_dict(described)
 
 
 def linear(kind: type[nn.Module], vllm_config: VllmConfig, prefix: str, *sizes: Any) -> nn.Module:
     """The linear layer `prefix`: of a kind and sizes that vLLM has, without a bias, or its tensor network."""
-    network = kept_networks(vllm_config).get(prefix)
+    network = kept_network(vllm_config, prefix)
     if network is not None:
         return ServedTensorNetwork(network)
     return kind(*sizes, bias=False, quant_config=vllm_config.quant_config, prefix=prefix)

@@ -54,7 +54,7 @@ from tnl.models.tnl.configuration_tnl import TnlConfig
 from tnl.models.tnl.matrix_network import TensorNetworkEmbedding, TensorNetworkLinear
 from tnl.models.tnl.modeling_tnl import ACTIVATION_FUNCTIONS, TnlNorm, TnlRelativePositions
 from tnl.models.tnl.released import KEY_MAP
-from tnl.serving.compressed import kept_networks, linear, make_dense, tied_head
+from tnl.serving.compressed import kept_network, linear, make_dense, stays_compressed, tied_head
 from tnl.serving.cpu import keep_seeds_of_unfinished_prompts
 from tnl.serving.states import PooledLightningAttention
 from tnl.slopes import log_decay
@@ -209,7 +209,7 @@ class TnlGatedLinearUnit(nn.Module):
         config: TnlConfig = vllm_config.model_config.hf_config
         width, inner = config.hidden_size, config.intermediate_size
         self.activation = ACTIVATION_FUNCTIONS[config.glu_act]
-        self.merged = not kept_networks(vllm_config)
+        self.merged = not stays_compressed(vllm_config)
         if self.merged:
             self.gate_and_up_proj = linear(
                 MergedColumnParallelLinear, vllm_config, f"{prefix}.gate_and_up_proj", width, [inner] * 2
@@ -258,7 +258,7 @@ class TnlModel(nn.Module):
         self.embed_tokens: Any = PPMissingLayer()
         if get_pp_group().is_first_rank or tied_head:
             name = f"{prefix}.embed_tokens"
-            network = kept_networks(vllm_config).get(name)
+            network = kept_network(vllm_config, name)
             if network is not None:
                 self.embed_tokens = TensorNetworkEmbedding(network)
             else:
@@ -338,7 +338,7 @@ class TnlForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPre
         config: TnlConfig = vllm_config.model_config.hf_config
         self.config = config
         self.model: Any = TnlModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
-        self.networks = kept_networks(vllm_config)
+        self.compressed = stays_compressed(vllm_config)
         self.lm_head = self._head(vllm_config, maybe_prefix(prefix, "lm_head"))
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
@@ -347,8 +347,9 @@ class TnlForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPre
         config, embedding = self.config, self.model.embed_tokens
         if not get_pp_group().is_last_rank:
             return PPMissingLayer()
-        if prefix in self.networks:
-            return TensorNetworkLinear(self.networks[prefix])
+        network = kept_network(vllm_config, prefix)
+        if network is not None:
+            return TensorNetworkLinear(network)
         if config.tie_word_embeddings and isinstance(embedding, TensorNetworkEmbedding):
             return tied_head(embedding)
         head = ParallelLMHead(
@@ -390,7 +391,7 @@ class TnlForCausalLM(nn.Module, HasInnerState, IsAttentionFree, SupportsMambaPre
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load tensors by their names in the checkpoint; returns the names of the parameters set."""
-        if self.networks:  # whose gates and ups are not merged
+        if self.compressed:  # whose gates and ups are not merged
             return AutoWeightsLoader(self).load_weights(weights)
         weights = make_dense(weights, self.config.tensor_networks or {})
         # A tied head's file repeats how the embedding's cores are ordered.
