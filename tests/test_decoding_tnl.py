@@ -82,7 +82,7 @@ def test_what_cannot_be_served_is_refused() -> None:
         TnlDecoder(small_model(), 1, kernels="fused")
     with pytest.raises(ValueError, match="kernels: expected 'layers' or 'modules' for 2 rows"):
         TnlDecoder(small_model(), 2, kernels="step")
-    with pytest.raises(ValueError, match=r"'step' does not serve: .* power of two"):
+    with pytest.raises(ValueError, match="kernels: expected 'layers' or 'modules'; 'step' does not serve"):
         TnlDecoder(small_model(), 1, kernels="step")
     if DEVICE == "cpu":
         with pytest.raises(ValueError, match="capture: expected False on cpu"):
@@ -169,7 +169,9 @@ def test_streamer_and_stopping_criteria() -> None:
 def test_captured_graph(kernels: str, rows: int, dtype: torch.dtype) -> None:
     """A replay is bitwise the same step without a graph, but where programs add up in any order; against float32 the
     fused kernels are as good as the modules."""
-    changes = {"hidden_size": 512, "num_attention_heads": 4, "intermediate_size": 1408, "initializer_range": 0.05}
+    if kernels == "step" and (dtype == torch.float32 or torch.cuda.get_device_capability()[0] < 9):
+        pytest.skip("the kernel serves 16 bits on GPUs of compute capability 9.0")
+    changes = {"hidden_size": 1024, "num_attention_heads": 8, "intermediate_size": 1408, "initializer_range": 0.03}
     exact, model = (small_model("cuda", **changes).to(kind) for kind in (torch.float32, dtype))
     tokens = random_tokens(rows, 40, "cuda")
     captured = decode_all(model, tokens, kernels=kernels, capture=True)

@@ -1,8 +1,8 @@
-"""A whole step of decoding one row of TNL, from a token to the logits of the next, in one kernel of Triton.
+"""A whole step of decoding one row of TNL, from a token to the logits of the next, in one CUDA kernel.
 
 With one row a layer takes the time of reading its weights, if nothing else stands in the way; a kernel for each of its
-matrices takes about as long to start. Here programs stay where they are for the whole step and ask for the next
-matrix's weights before they wait for each other.
+matrices takes about as long to start. Here blocks stay where they are for the whole step, and weights are asked for
+long before it is their turn, while blocks wait for each other (`decode_step.cu`).
 
 Dimensions: d width of the residual stream, H heads, E width of a head, I inner width, V vocabulary, L layers,
 D width of a state's keys: E, or 2 E in a layer with LRPE.
@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tnl.ops.backends import interpreted, triton_installed
-
-FEWEST_COLUMNS = 4  # of a head's values in a program
+WIDTHS = (1024, 2048)  # a lane holds a 32nd of a row of float32 twice, in registers
+WARPS = 8
 
 
 @dataclass(frozen=True)
@@ -60,10 +59,9 @@ class DecodeStep:
         head: ``[V, d]``.
         embedding_scale: Factor of the embedding.
         norm_eps: Of every norm.
-        programs: How many share the work; None for a power of two that the device holds at once.
 
     Raises:
-        ValueError: What the kernel does not serve; the message names it.
+        ValueError: What the kernel does not serve (:func:`why_not`), or weights that do not fit; the message names it.
     """
 
     def __init__(
@@ -74,7 +72,6 @@ class DecodeStep:
         *,
         embedding_scale: float,
         norm_eps: float,
-        programs: int | None = None,
     ) -> None:
         self.device, self.layers = head.device, layers
         self.heads, self.head_dim = layers[0].state.shape[1], layers[0].state.shape[3]
@@ -85,7 +82,7 @@ class DecodeStep:
         self._check(embedding, head)
         self.embedding, self.head = _aligned(embedding), _aligned(head)
         self.embedding_scale, self.norm_eps = embedding_scale, norm_eps
-        self.programs = most_programs(self.device, self.heads * self.head_dim) if programs is None else programs
+        self.blocks = choose_blocks(self.device, self.heads, self.head_dim)
         self.out = torch.stack([layer.out.detach().T for layer in layers]).contiguous()
         self.down = torch.stack([layer.down.detach().T for layer in layers]).contiguous()
         decays = [layer.log_decay for layer in layers if layer.log_decay is not None]
@@ -99,8 +96,8 @@ class DecodeStep:
         self.table = torch.tensor(addresses, device=self.device)
         self.stream, self.attended = torch.zeros(2, 2, self.width, device=self.device)
         self.squares = torch.zeros(2, device=self.device)
-        self.qkvu = torch.zeros(4 * self.heads * self.head_dim, device=self.device)
-        self.counters = torch.zeros(32 + self.programs + 32 * self.heads, dtype=torch.int32, device=self.device)
+        self.queries_keys = torch.zeros(2, self.heads, self.head_dim, device=self.device)
+        self.counters = torch.zeros(32 + self.blocks + 32 * self.heads, dtype=torch.int32, device=self.device)
 
     def __call__(self, token: Tensor, position: Tensor, logits: Tensor) -> None:
         """Read a token.
@@ -110,9 +107,9 @@ class DecodeStep:
             position: ``[1]`` int64, the token's, read by LRPE; one more afterwards.
             logits: ``[1, V]``, contiguous, to write to.
         """
-        from tnl.ops import decode_step_triton
+        from tnl.ops import decode_step_cuda
 
-        decode_step_triton.launch(self, token, position, logits)
+        decode_step_cuda.launch(self, token, position, logits)
 
     def _check(self, embedding: Tensor, head: Tensor) -> None:
         streams = self.heads * self.head_dim
@@ -145,28 +142,27 @@ class DecodeStep:
 
 def why_not(device: torch.device, dtype: torch.dtype, width: int, heads: int, head_dim: int) -> str | None:
     """What the kernel cannot serve of a model with these dimensions; None where it serves it."""
-    if not triton_installed():
-        return "backend: the package triton is not installed"
-    if device.type != "cuda" and not interpreted():
-        return f"device: expected a GPU, got {device}"
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"dtype: expected float32, float16 or bfloat16, got {dtype}"
-    for name, size, least in (("width", width, 16), ("heads x head_dim", heads * head_dim, 16), ("heads", heads, 1)):
-        if size < least or size & (size - 1):
-            return f"{name}: expected a power of two, {least} or more, got {size}"
-    from tnl.ops.decode_step_triton import TILE_BYTES
-
-    programs = most_programs(device, heads * head_dim)
-    tile = heads * head_dim // programs * width * dtype.itemsize
-    if programs < heads or tile > TILE_BYTES:
-        return f"width: expected less for so few processors, got {width} with {heads} heads on {device}"
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device)[0] < 9:
+        return f"device: expected an NVIDIA GPU of compute capability 9.0 or more, got {device}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"dtype: expected float16 or bfloat16, got {dtype}"
+    if width not in WIDTHS:
+        return f"width: expected one of {WIDTHS}, got {width}"
+    if head_dim % 32 or head_dim > 256:
+        return f"head_dim: expected a multiple of 32 up to 256, got {head_dim}"
+    if choose_blocks(device, heads, head_dim) == 0:
+        return f"heads: expected so many that columns of all share out among the processors, got {heads} of {head_dim}"
     return None
 
 
-def most_programs(device: torch.device, streams: int) -> int:
-    """The largest power of two of programs, no more than the processors of the device."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    return min(1 << (processors.bit_length() - 1), streams // FEWEST_COLUMNS)
+def choose_blocks(device: torch.device, heads: int, head_dim: int) -> int:
+    """Blocks of 8, 16, .. columns of a head each, as many as the device holds at once; 0 for under half of these."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    columns = WARPS
+    while columns <= head_dim and (head_dim % columns or heads * head_dim // columns > processors):
+        columns *= 2
+    blocks = heads * head_dim // columns if columns <= min(head_dim, 4 * WARPS) else 0
+    return blocks if 2 * blocks >= processors else 0
 
 
 def _aligned(x: Tensor) -> Tensor:
