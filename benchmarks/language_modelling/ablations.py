@@ -25,7 +25,7 @@ def ablation(name: str, model: str = "tnl", seed: int = 0, rate: float = 2e-3, *
     """A run of the size of all of them."""
     return Run(
         name, model, "10m", changes, step_tokens=32768, steps=1200, optimizer={"learning_rate": rate}, seed=seed,
-        contexts=(2048,), curve_points=4, seconds=70,
+        contexts=(2048,), curve_points=4, seconds=40 if model != "gla" else 70,
     )  # fmt: skip
 
 
@@ -46,8 +46,7 @@ RUNS = [
     ablation("heads-3", num_attention_heads=3),
     ablation("heads-12", num_attention_heads=12),
     ablation("hybrid-3", layer_types=hybrid(LAYERS, 3)),
-    ablation("gated-delta-net", "gated_delta_net"),
-    ablation("mamba2", "mamba2"),
+    ablation("gla", "gla"),
     ablation("base-seed-1", seed=1),
     ablation("llama-seed-1", "llama", seed=1),
     ablation("llama-rate-1e-3", "llama", rate=1e-3),

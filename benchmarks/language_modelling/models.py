@@ -30,23 +30,12 @@ def overrides_of(model: str, size: str, changes: Overrides) -> tuple[str, Overri
     """Name and overrides for `ModelSettings`, with an inner width that gives the size's number of parameters.
 
     Args:
-        model: `tnl`, `llama`, `mamba2` (of transformers) or `gated_delta_net` (Qwen3-Next of transformers with linear
-            attention in all layers and one dense feed-forward network).
+        model: `tnl`, `llama` (of transformers) or `gla` (of flash-linear-attention).
         size: One of `SIZES`.
         changes: Fields of the configuration that differ.
     """
     width, layers, heads, inner = SIZES[size]
     common: Overrides = {"hidden_size": width, "num_hidden_layers": layers, "tie_word_embeddings": True}
-    if model == "mamba2":
-        # Without a feed-forward network; a layer has about 6 width^2 parameters. Chunks of 64: those of the plain
-        # PyTorch form take memory in proportion.
-        layers = {"tiny": 3, "10m": 10, "25m": 15, "45m": 17}[size]
-        state = {"tiny": 8, "10m": 104, "25m": 104, "45m": 128}[size]
-        head_dim = min(64, width)
-        return "mamba2", common | {
-            "num_hidden_layers": layers, "head_dim": head_dim, "num_heads": 2 * width // head_dim, "expand": 2,
-            "n_groups": 1, "state_size": state, "chunk_size": 64,
-        } | changes  # fmt: skip
     target = count_parameters("385m", _tnl(common, heads, inner))
     if model == "tnl":
         name, overrides = "385m", _tnl(common, heads, inner) | changes
@@ -54,16 +43,14 @@ def overrides_of(model: str, size: str, changes: Overrides) -> tuple[str, Overri
         name, overrides = "llama", common | {
             "num_attention_heads": heads, "num_key_value_heads": heads, "max_position_embeddings": LONGEST,
         } | changes  # fmt: skip
-    elif model == "gated_delta_net":
-        head_dim = width // heads
-        name, overrides = "qwen3_next", common | {
-            "layer_types": ["linear_attention"] * layers, "mlp_only_layers": list(range(layers)),
-            "linear_num_key_heads": heads, "linear_num_value_heads": heads, "linear_key_head_dim": head_dim,
-            "linear_value_head_dim": head_dim, "num_attention_heads": heads, "num_key_value_heads": heads,
-            "head_dim": head_dim, "max_position_embeddings": LONGEST,
+    elif model == "gla":
+        import benchmarks.language_modelling.gated_linear_attention  # noqa: F401 (makes it known)
+
+        name, overrides = "gla", common | {
+            "num_heads": max(1, width // 128), "max_position_embeddings": LONGEST, "fuse_cross_entropy": False,
         } | changes  # fmt: skip
     else:
-        raise ValueError(f"model must be tnl, llama, gated_delta_net or mamba2, got {model!r}")
+        raise ValueError(f"model must be tnl, llama or gla, got {model!r}")
     if "intermediate_size" not in changes:
         few, many = (count_parameters(name, overrides | {"intermediate_size": n}) for n in (MULTIPLE, 2 * MULTIPLE))
         steps = round((target - few) / (many - few)) + 1

@@ -158,7 +158,11 @@ def plot_ablations(output: Path) -> None:
 def plot_length(output: Path) -> None:
     """Bits per byte by position in the held-out books, as a distance to LLaMA of the same size."""
     rows = sorted(read_rows(output / "length.csv"), key=lambda row: (row["model"] != "tnl", int(row["context"])))
-    publish("length", rows, {"run": "run", "context": "trained at", "steps": "steps"} | SCORES)
+    publish(
+        "length",
+        rows,
+        {"run": "run", "context": "trained at", "steps": "steps", "step_tokens": "bytes a step"} | SCORES,
+    )
     bits: dict[tuple[str, str, str], dict[int, float]] = defaultdict(dict)
     for name, size in POSITIONS.items():
         for row in read_rows(output / f"{name}-positions.csv"):

@@ -15,8 +15,11 @@ SIX_PASSES = 3600  # steps of 32,768 bytes over 20 MB
 SMALL: dict[str, Any] = {"size": "10m", "step_tokens": 32768}
 MORE_HEADS = {"num_attention_heads": 10}
 LOW_RATE = {"learning_rate": 1e-3}
-STRONG_DECAY = {"weight_decay": 1.0}
-DROPOUT = {"dropout": 0.1}
+
+
+def decay(strength: float) -> dict[str, float]:
+    """A weight decay; the others have 0.1."""
+    return {"weight_decay": strength}
 
 
 def overfit(change: str, model: str, **others: Any) -> Run:
@@ -27,7 +30,7 @@ def overfit(change: str, model: str, **others: Any) -> Run:
 
 def half_a_pass(name: str, model: str, **others: Any) -> Run:
     """As in the ablations."""
-    return Run(name, model, steps=1200, contexts=(2048,), **{"seconds": 70} | SMALL | others)
+    return Run(name, model, steps=1200, contexts=(2048,), **{"seconds": 40} | SMALL | others)
 
 
 RUNS = [
@@ -40,28 +43,26 @@ RUNS = [
     Run("llama-seed-1", "llama", seed=1, seconds=215),
     overfit("", "llama"),
     overfit("", "tnl"),
-    overfit("rate-1e-3", "llama", optimizer=LOW_RATE),
-    overfit("dropout-0.1", "tnl", changes=DROPOUT),
-    overfit("dropout-0.1-rate-1e-3", "tnl", changes=DROPOUT, optimizer=LOW_RATE),
-    overfit("decay-1", "llama", optimizer=STRONG_DECAY),
-    overfit("decay-1", "tnl", optimizer=STRONG_DECAY),
-    overfit("dropout-0.1-decay-1", "tnl", changes=DROPOUT, optimizer=STRONG_DECAY),
-    overfit("dropout-0.1", "llama", changes={"attention_dropout": 0.1}),
-    overfit("dropout-0.05", "tnl", changes={"dropout": 0.05}),
+    overfit("decay-1", "llama", optimizer=decay(1.0)),
+    overfit("decay-1", "tnl", optimizer=decay(1.0)),
+    overfit("decay-2", "llama", optimizer=decay(2.0)),
+    overfit("decay-2", "tnl", optimizer=decay(2.0)),
+    overfit("decay-1-rate-1e-3", "llama", optimizer=decay(1.0) | LOW_RATE),
+    overfit("decay-1-rate-1e-3", "tnl", optimizer=decay(1.0) | LOW_RATE),
+    overfit("decay-1-dropout-0.1", "llama", changes={"attention_dropout": 0.1}, optimizer=decay(1.0)),
+    overfit("decay-1-dropout-0.1", "tnl", changes={"dropout": 0.1}, optimizer=decay(1.0)),
+    overfit("dropout-0.1", "tnl", changes={"dropout": 0.1}),
     overfit("dropout-0.2", "tnl", changes={"dropout": 0.2}),
-    overfit("dropout-0.1-lrpe-all", "tnl", changes=DROPOUT | {"lrpe_layers": "all"}),
-    overfit("dropout-0.1-uniform", "tnl", changes=DROPOUT | {"decay_schedule": "uniform"}),
-    overfit("dropout-0.1-hybrid", "tnl", changes=DROPOUT | {"layer_types": hybrid(6, 3)}),
-    Run("gated-delta-net", "gated_delta_net", seconds=350),
-    Run("tnl-context-512", "tnl", context=512, seconds=195),
-    Run("llama-context-512", "llama", context=512, seconds=200),
-    half_a_pass("tnl-bpe", "tnl", tokenizer="bpe", seconds=100),
-    half_a_pass("llama-bpe", "llama", tokenizer="bpe", seconds=100),
+    overfit("decay-1-hybrid", "tnl", changes={"layer_types": hybrid(6, 3)}, optimizer=decay(1.0)),
+    half_a_pass("tnl-bpe", "tnl", tokenizer="bpe", seconds=60),
+    half_a_pass("llama-bpe", "llama", tokenizer="bpe", seconds=60),
     half_a_pass("tnl-python", "tnl", corpus="python"),
     half_a_pass("llama-python", "llama", corpus="python"),
+    Run("gla", "gla", seconds=300),
+    Run("tnl-context-512", "tnl", context=512, seconds=195),
+    Run("llama-context-512", "llama", context=512, seconds=200),
     Run("llama-10-heads", "llama", changes=MORE_HEADS | {"num_key_value_heads": 10}, seconds=215),
     Run("hybrid", "tnl", changes={"layer_types": hybrid(10, 5)}, seconds=210),
-    Run("mamba2", "mamba2", seconds=350),
 ]
 
 
