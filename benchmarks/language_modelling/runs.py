@@ -31,7 +31,7 @@ RESULT_FOLDER = RESULTS / "language_modelling"
 TINY: dict[str, Any] = {"size": "tiny", "context": 64, "step_tokens": 256, "steps": 6, "contexts": (32, 64)}
 TINY_BYTES = 6000
 POLL_SECONDS = 1.0
-SLOWER = 0.4  # by this share, for each slot more that a GPU has
+SLOWER = 0.3  # by this share, for each slot more that a GPU has
 SLOTS = {"45m": 3}  # that a run of this size takes on a GPU; one for all others
 GRACE_SECONDS = 10  # before the end, in which a stopped run may write its checkpoint
 
