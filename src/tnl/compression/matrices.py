@@ -17,7 +17,7 @@ from tnl.models.tnl.matrix_network import MatrixNetwork
 
 Cuts = tuple[tuple[int, ...], ...]
 
-ALIGNED = 8  # products of matrices are several times slower on a GPU where rows are no multiple of 16 bytes
+ALIGNED = 8  # the matrix units of GPUs want rows that are multiples of 16 bytes
 
 KIND_OF_MODULE = {
     "embed_tokens": "embedding",
