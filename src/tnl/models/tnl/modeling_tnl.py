@@ -30,6 +30,7 @@ from tnl.models.tnl.cache_tnl import TnlCache, TnlCacheLayer
 from tnl.models.tnl.configuration_tnl import TnlConfig
 from tnl.models.tnl.matrix_network import TensorNetworkEmbedding, TensorNetworkLinear, replace_matrices
 from tnl.ops import lightning_attention, lightning_attention_step
+from tnl.ops.gated_linear_unit import gated_linear_unit
 from tnl.ops.linear_cross_entropy import linear_cross_entropy
 from tnl.ops.norm import gated_srms_norm, srms_norm
 from tnl.ops.streams import split_streams
@@ -282,13 +283,28 @@ class TnlGatedLinearUnit(nn.Module):
     def __init__(self, config: TnlConfig) -> None:
         super().__init__()
         self.activation = ACTIVATION_FUNCTIONS[config.glu_act]
+        self.plain = config.glu_act == "none"
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Mix channels of `[B, T, d]`."""
+        if self.plain and self.training and torch.is_grad_enabled() and self._has_plain_weights():
+            return gated_linear_unit(hidden_states, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
         return self.down_proj(self.activation(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+    def _has_plain_weights(self) -> bool:
+        """Whether nothing is wrapped around the projections: no adapter, sharding or hook, as in `_chunked_loss`."""
+        projections = (self.gate_proj, self.up_proj, self.down_proj)
+        return all(is_plain(projection) and projection.weight.requires_grad for projection in projections)
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a module is a linear layer that can be had by its weight: no adapter, sharding or hook around it."""
+    if type(linear) is not nn.Linear or isinstance(linear.weight, DTensor) or "forward" in vars(linear):
+        return False
+    return not (linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks)
 
 
 class TnlDecoderLayer(GradientCheckpointingLayer):
@@ -619,8 +635,7 @@ class TnlForCausalLM(TnlPreTrainedModel, GenerationMixin):
         logits are computed again in the backward pass.
         """
         head = self.lm_head
-        wrapped = type(head) is not nn.Linear or isinstance(head.weight, DTensor) or "forward" in vars(head)
-        if not (wrapped or head._forward_hooks or head._forward_pre_hooks):
+        if is_plain(head):
             return linear_cross_entropy(hidden_states, head.weight, labels, ignore_index=IGNORED_LABEL)
 
         def chunk_loss(hidden_states: Tensor, labels: Tensor) -> Tensor:
