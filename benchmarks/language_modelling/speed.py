@@ -318,7 +318,10 @@ PARTS = (  # the first that a kernel's name matches
     ("softmax attention", r"flash|fmha|cudnn|sdpa|scaled_dot_product"),
     ("matrix products", r"gemm|nvjet|cutlass|xmma|cublas|addmm|aten::mm|splitKreduce"),
     ("norms and sums of the residual stream", r"rsqrt|_norm|triton_.*(add_div|_add_)"),
-    ("activations, products and gates", r"triton_.*(sigmoid|silu|mul|cat|stack|cos|sin)|_join_kernel|_gated_product_kernel"),
+    (
+        "activations, products and gates",
+        r"triton_.*(sigmoid|silu|mul|cat|stack|cos|sin)|_join_kernel|_gated_product_kernel",
+    ),
     ("linear attention", r"^_forward_kernel|^_backward_kernel"),
     ("optimiser and gradient norm", r"multi_tensor|FusedAdam|fused_adam|foreach|lpnorm"),
     ("embedding", r"embedding"),
