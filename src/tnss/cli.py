@@ -22,11 +22,11 @@ METHOD_NAMES = ("auto", "tnale", "tnls", "tnga", "greedy")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, call one function, and turn a ``ValueError`` into one line and exit code 2."""
+    """Parse, call one function, and turn what the user can mend into one line and exit code 2."""
     options = _parser().parse_args(arguments)
     try:
         options.command(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:  # ImportError: an extra that is not installed
         print(f"tnss: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -111,11 +111,19 @@ def _search(options: argparse.Namespace) -> None:
         executor = Joblib(options.workers)
     if options.ray is not None:
         executor = Ray(None if options.ray == "local" else options.ray)
+    folder = _output_folder(options.output)
     console = Console(stderr=True)
     with Live(console=console, refresh_per_second=4) as live:
         result = _run(options, options.method, lambda state: live.update(_progress(state)), options.cache, executor)
-    result.save(options.output)
+    result.save(folder)
     _print(result.summary(), options.output)
+
+
+def _output_folder(name: str) -> Path:
+    """The folder for the result, looked at before a search rather than after it."""
+    if os.path.exists(name) and not os.path.isdir(name):
+        raise ValueError(f"--output: expected a folder, got the file {name!r}")
+    return Path(name)
 
 
 def _run(
@@ -293,6 +301,7 @@ def _compare(options: argparse.Namespace) -> None:
     unknown = sorted(set(methods) - set(METHOD_NAMES))
     if unknown:
         raise ValueError(f"--methods: expected some of {', '.join(METHOD_NAMES)}, got {', '.join(unknown)}")
+    folder = _output_folder(options.output)
     console = Console(stderr=True)
     results = {method: _run(options, method, None) for method in track(methods, "comparing", console=console)}
     columns = ("parameters", "rse", "objective", "gap", "evaluations", "unique_structures", "fits", "sweeps", "seconds")
@@ -301,7 +310,6 @@ def _compare(options: argparse.Namespace) -> None:
     for row in rows:
         table.add_row(*(f"{value:.6g}" if isinstance(value, float) else str(value) for value in row.values()))
     Console().print(table)
-    folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / "compare.csv", rows)
     plot_comparison(results, folder / "compare.png")

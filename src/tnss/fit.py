@@ -74,6 +74,10 @@ class ALS:
                 raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
         if self.dtype not in ("float64", "float32"):
             raise ValueError(f"dtype: expected 'float64' or 'float32', got {self.dtype!r}")
+        try:
+            torch.device(self.device)
+        except RuntimeError as error:
+            raise ValueError(f"device: expected one that PyTorch knows, such as 'cuda', got {self.device!r}") from error
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,10 @@ class Fitter:
     def __init__(self, tensor: torch.Tensor, settings: ALS, weights: torch.Tensor | None = None) -> None:
         self.settings = settings
         device = torch.device(settings.device)
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise ValueError(f"device: expected one that this machine has, got {settings.device!r}: {error}") from error
         small = device.type == "cpu" and tensor.numel() <= NUMPY_ENTRIES
         self.arrays = Arrays(None if small else device, settings.dtype)
         if weights is not None:

@@ -74,6 +74,8 @@ def test_read_tensor_formats(tmp_path: Path) -> None:
         (["search", "{folder}/tensor.npy", "--max-degree", "2"], "--max-degree: expected"),
         (["search", "{folder}/tensor.npy", "--lagrangian", "-1"], "weight: expected"),
         (["search", "{folder}/tensor.npy", "--parameters", "5"], "objective: expected"),
+        (["search", "{folder}/tensor.npy", "--device", "abacus"], "device: expected"),
+        (["search", "{folder}/tensor.npy", "--output", "{folder}/tensor.npy"], "--output: expected a folder"),
         (["compare", "{folder}/tensor.npy", "--methods", "auto,magic"], "--methods: expected"),
         (["show", "{folder}"], "folder: expected a result folder"),
         (["reconstruct", "{folder}", "x.npy"], "path: expected a network"),

@@ -210,9 +210,17 @@ def test_rank_one_and_three_modes(dtype: str) -> None:
 
 
 def test_bad_settings_are_refused() -> None:
-    for settings in ({"restarts": 0}, {"progress": -1.0}, {"dtype": "int8"}, {"progress": math.nan}):
+    for settings in (
+        {"restarts": 0},
+        {"progress": -1.0},
+        {"dtype": "int8"},
+        {"progress": math.nan},
+        {"device": "abacus"},
+    ):
         with pytest.raises(ValueError, match=next(iter(settings))):
             ALS(**settings)
+    with pytest.raises(ValueError, match="device: expected one that this machine has"):
+        Fitter(torch.ones(2, 2, 2), ALS(device="cuda:99"))
 
 
 @pytest.mark.gpu
