@@ -9,6 +9,7 @@ import argparse
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import REPOSITORY, RESULTS, SHARED_DATA
-from benchmarks.compression.cases import CASES, SCALES, Case, Scale
+from benchmarks.compression.cases import CASES, SCALES, SEARCH, Case, Scale
 
 if TYPE_CHECKING:
     from benchmarks.compression.worker import Place
@@ -192,7 +193,7 @@ def is_wanted(case: Case, options: argparse.Namespace) -> bool:
 
 
 def write_table(options: argparse.Namespace) -> None:
-    """All rows that are known, as `SCALE.csv` in the output folder."""
+    """All rows that are known, as `SCALE.csv` in the output folder, and what the first search found."""
     folder, rows = options.work / "rows", []
     for case in CASES:
         speed = dict.fromkeys(SPEED_COLUMNS) | read(folder / f"{case.name}.speed.json")
@@ -207,6 +208,10 @@ def write_table(options: argparse.Namespace) -> None:
         writer.writeheader()
         writer.writerows(rows)
     partial.replace(path)
+    searched = next(case for case in CASES if case.method == SEARCH)
+    found = options.work / "cases" / searched.name / "structures.csv"
+    if found.exists():
+        shutil.copy(found, options.output / f"structures-{options.scale}.csv")
 
 
 def read(path: Path) -> dict[str, object]:

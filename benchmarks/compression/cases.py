@@ -5,8 +5,9 @@ from typing import Any
 
 Settings = dict[str, Any]
 
+SEARCH = "TnALE search"
 METHODS: dict[str, Settings] = {
-    "TnALE search": {"method": "search"},
+    SEARCH: {"method": "search"},
     "SVD, same tools": {"method": "svd"},
     "SVD": {"method": "svd", "weighting": "none", "allocation": "uniform", "pinned": False},
     "SVD, activations": {"method": "svd", "weighting": "activations", "allocation": "uniform", "pinned": False},

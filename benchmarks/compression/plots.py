@@ -10,11 +10,12 @@ from benchmarks.compression.cases import METHODS, ORIGINAL
 Row = dict[str, str]
 DOCS = REPOSITORY / "docs"
 MARKS = ("<!-- table of python -m benchmarks.compression plot -->", "<!-- end of the table -->")
+STRUCTURE_MARKS = ("<!-- structures of python -m benchmarks.compression plot -->", "<!-- end of the structures -->")
 HEADER = (
     "method", "parameters of the matrices", "before healing", "healed", "healed, int8", "MB, int8", "GiB", "tokens/s",
-    "decoded/s", "seconds",
+    "compiled", "decoded/s", "seconds",
 )  # fmt: skip
-SPEEDS = ("tokens_per_second", "decoded_tokens_per_second")  # whole numbers in the table
+SPEEDS = ("tokens_per_second", "compiled_tokens_per_second", "decoded_tokens_per_second")
 COLOURS = dict(zip(METHODS, ("tab:red", "tab:purple", "tab:blue", "tab:cyan", "tab:green", "tab:olive"), strict=True))
 
 
@@ -27,11 +28,34 @@ def draw(folder: Path) -> None:
         rows = list(csv.DictReader(file))
     draw_parameters(rows, DOCS / "compression-parameters.png")
     draw_bytes(rows, DOCS / "compression-bytes.png")
-    write_table(rows, DOCS / "compression.md")
+    page = DOCS / "compression.md"
+    write_between(page, MARKS, results_table(rows))
+    found = [folder / f"structures-{scale}.csv" for scale in ("gpu", "cpu")]
+    tables = [structures_table(path) for path in found if path.exists()]
+    write_between(page, STRUCTURE_MARKS, "\n\n".join(tables))
 
 
-def write_table(rows: Sequence[Row], page: Path) -> None:
-    """Put the rows into the page, between its two marks."""
+def write_between(page: Path, marks: tuple[str, str], body: str) -> None:
+    """Put a text into a page, between two marks."""
+    before, _, rest = page.read_text().partition(marks[0])
+    _, _, after = rest.partition(marks[1])
+    page.write_text(f"{before}{marks[0]}\n{body}\n{marks[1]}{after}")
+
+
+def structures_table(path: Path) -> str:
+    """The best structure of each kind against decompositions of its size."""
+    with path.open() as file:
+        found = [row for row in csv.DictReader(file) if row["structure"]]
+    lines = ["| kind | best folding | bonds | error over that of a decomposition |", "| --- | --- | --- | --- |"]
+    for kind in dict.fromkeys(row["kind"] for row in found):
+        ratios = {float(row["error"]) / float(row["svd_error"]): row for row in found if row["kind"] == kind}
+        ratio, row = min(ratios.items())
+        lines.append(f"| {kind} | {row['folding'].replace('*', ' x ')} | {row['structure']} | {ratio:.2f} |")
+    return "\n".join(lines)
+
+
+def results_table(rows: Sequence[Row]) -> str:
+    """All rows, and the machine."""
     original = next(float(row["bits_per_byte"]) for row in rows if row["method"] == ORIGINAL)
     lines = [
         f"| {' | '.join(HEADER)} |",
@@ -45,18 +69,14 @@ def write_table(rows: Sequence[Row], page: Path) -> None:
         cells += ["" if healed is None else _bits(healed, name, original) for name in columns]
         cells.append(f"{int(first['bytes_int8']) / 1e6:.1f}")
         cells.append(f"{float(first['memory_gib']):.2f}" if first["memory_gib"] else "")
-        cells += [f"{int(first[name]):,}" if first[name] else "" for name in SPEEDS]
+        cells += [f"{int(first[name]):,}" if first.get(name) else "" for name in SPEEDS]
         cells.append(f"{float(first['compress_seconds']):.0f}" if first["compress_seconds"] else "")
         lines.append(f"| {' | '.join(cells)} |")
-    before, _, rest = page.read_text().partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
     about = f"{rows[0]['device']}, PyTorch {rows[0]['torch']}, transformers {rows[0]['transformers']}"
     rates = sorted({row["healing_rate"] for row in rows if float(row.get("healing_rate", 0))})
     healing = f"Healed at {' or '.join(rates)} of the training's learning rate, whichever was better."
-    if not rates:
-        healing = "Healed at half of the training's learning rate, which is too much: most models are worse for it."
     body = "\n".join(lines)
-    page.write_text(f"{before}{MARKS[0]}\n{body}\n\n{about}. {healing}\n{MARKS[1]}{after}")
+    return f"{body}\n\n{about}. {healing}"
 
 
 def _bits(row: Row, name: str, original: float) -> str:
