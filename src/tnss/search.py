@@ -171,6 +171,11 @@ def _checked_tensor(
     return data, weight
 
 
+def _answers(found: Network, request: FitRequest) -> bool:
+    """Whether a fit of the cache will do: one that was dropped does where it would be dropped again."""
+    return found.converged or (request.target is not None and found.rse > request.target)
+
+
 @dataclass
 class _Run:
     """One search under way."""
@@ -299,7 +304,7 @@ class _Run:
                 found = None
                 if self.cache is not None:
                     found = self.cache.lookup(name, request.structure, repeat_of[id(request)])
-                if found is None:
+                if found is None or not _answers(found, request):
                     missing.append(request)
                 else:
                     results[id(request)] = found

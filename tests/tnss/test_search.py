@@ -123,6 +123,31 @@ def test_a_killed_run_goes_on_with_the_same_history(method: str, tmp_path: Path)
     assert [r.seconds for r in again.history] == [r.seconds for r in resumed.history]
 
 
+def test_a_dropped_fit_of_the_cache_answers_only_who_would_drop_it(tmp_path: Path) -> None:
+    """A fit that ``auto`` gave up because it could not win must not stand for the structure in another method."""
+    tensor = torch.tensor(np.random.default_rng(0).standard_normal((3, 3, 3, 3)))
+
+    def run(method: str, evaluations: int, start: tnss.Point | None = None) -> list[tnss.Record]:
+        return tnss.search(
+            tensor,
+            tnss.Complete(3),
+            tnss.Lagrangian(5.0),
+            method,
+            tnss.ALS(progress=1e-5, polish=0),
+            tnss.Budget(evaluations),
+            cache=tmp_path / "fits.sqlite",
+            control=tnss.Control(start=start),
+        ).history
+
+    dropped = next(record for record in run("auto", 24) if not record.converged)
+    ranks = {(u, v): rank for u, v, rank in tnss.Structure.from_dict(json.loads(dropped.structure)).edges}
+    values = tuple(ranks.get(pair, 1) for pair in itertools.combinations(range(4), 2))
+    whole = run("greedy", 1, tnss.Point(values, (0, 1, 2, 3)))[0]
+    assert whole.structure == dropped.structure
+    assert whole.converged
+    assert whole.sweeps > dropped.sweeps
+
+
 def test_permuting_the_modes_permutes_the_answer() -> None:
     tensor = planted_ring(*A6B)
     permutation = (4, 0, 5, 1, 3, 2)
