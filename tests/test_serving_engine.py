@@ -274,14 +274,15 @@ def test_tensor_parallel(engine: StartEngine, folder: Path, expected: list[Refer
     run(engine(folder, tensor_parallel_size=2), expected)
 
 
-def test_tensor_parallel_of_a_compressed_variant(
+def test_tensor_parallel_of_a_compressed_hybrid(
     engine: StartEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights of the norm, both matrices of the gate and all thetas are cut; compressed matrices are made dense."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     networks = {name: network for name, network in COMPRESSED.items() if "qkvu" not in name}
-    save_tiny(tmp_path, **(VARIANTS[1] | {"lrpe_layers": "all", "decay_schedule": "paper"}), tensor_networks=networks)
-    run(engine(tmp_path, tensor_parallel_size=2), references(tmp_path, SHORT))
+    variant = VARIANTS[1] | HYBRID | {"lrpe_layers": "all", "decay_schedule": "paper"}
+    save_tiny(tmp_path, **variant, tensor_networks=networks)
+    run(engine(tmp_path, states=300, tensor_parallel_size=2), references(tmp_path, SHORT))
 
 
 def test_pipeline_parallel(engine: StartEngine, folder: Path, expected: list[Reference],
