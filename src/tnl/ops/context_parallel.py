@@ -553,15 +553,15 @@ def _send(
     if part.bounds is not None:
         some = slice(0, part.head) if before else slice(part.tail, part.tokens)
         y, z = y[:, some], z[:, some]
-        if not leaves:
-            exchange.state.zero_()
-    if leaves or part.bounds is None:
+    if leaves or options.segments > 1:
         weight, passed = _log_weights(log_decay, some, before, q)
         starts = None
         if begun is not None and leaves and not part.passes:  # what leaves began here
             starts = begun[part.enters if before else part.leaves]
         exchange.fill(_sum_up(y, z, weight, before, heads, options.backend), passed, starts)
-    if exchange.decay is not None and part.bounds is not None and not part.passes:
+    else:
+        exchange.state.zero_()
+    if exchange.decay is not None and not part.passes:
         exchange.decay.fill_(-torch.inf)
     return exchange.start()
 
