@@ -160,9 +160,24 @@ def test_a_planted_graph_is_among_those_that_match_the_ranks() -> None:
     assert parameters == sorted(parameters)
 
 
-def test_noise_has_no_ranks_to_match() -> None:
-    """Nor has a space whose graph is not fixed."""
-    generator = np.random.default_rng(0)
-    for noise, space in ((1e-3, tnss.Complete(4)), (0.0, tnss.Tree(4))):
-        view = View(space.bind((4,) * 5), tnss.Lagrangian(200.0), planted_graph(noise)[1], generator)
-        assert not RankMatch(view).informs
+def test_where_there_are_no_ranks_to_match() -> None:
+    """Noise, missing entries, no spectrum, and a space whose graph is not fixed."""
+    missing = Spectrum(torch.ones(4, 4, 4, 4, 4), torch.eye(4).repeat(4, 4, 4, 1, 1))
+    exact = planted_graph()[1]
+    for spectrum, space in (
+        (planted_graph(1e-3)[1], tnss.Complete(4)),
+        (missing, tnss.Complete(4)),
+        (None, tnss.Complete(4)),
+        (exact, tnss.Tree(4)),
+    ):
+        domain = space.bind((4,) * 5)
+        assert not RankMatch(View(domain, tnss.Lagrangian(200.0), spectrum, np.random.default_rng(0))).informs
+
+
+def test_no_train_has_the_ranks_of_a_ring() -> None:
+    structure = tnss.Structure((2,) * 8, [(i, (i + 1) % 8, 2) for i in range(8)])
+    spectrum = Spectrum(contract_cores(structure, random_cores(structure, 3)))
+    domain = tnss.Train(2, permute=False).bind((2,) * 8)
+    match = RankMatch(View(domain, tnss.Lagrangian(200.0), spectrum, np.random.default_rng(0)))
+    assert match.informs
+    assert match.points(4, 5) == []

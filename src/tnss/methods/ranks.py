@@ -18,7 +18,10 @@ from tnss.methods.base import View
 from tnss.space import Point
 from tnss.spectrum import crossing
 
-LARGEST_ORDER = 8  # above, the table of all pairs of cuts is too large
+LARGEST_ORDER = 8  # above, a step of a descent looks at too much
+MOST_APART = 2  # modes by which the sets S and T may differ: narrower cuts of other kinds are rare
+WORK = 2e9  # look-ups of all descents together: seconds
+STEPS = 20  # of a descent, about
 MATCH = 1e-6  # of the sum of the differences of log ranks: ranks are integers
 PARAMETER = 1e-6  # weight of a parameter in a descent: decides between structures with the same ranks
 
@@ -35,19 +38,27 @@ class RankMatch:
         domain, spectrum = self.view.domain, self.view.spectrum
         if spectrum is None or domain.edges is None or domain.slots > LARGEST_ORDER or domain.slots > domain.order:
             return False
-        modes = (spectrum.cuts[:, None] >> np.arange(domain.order)) & 1
+        if spectrum.sketched or not spectrum.tails.any():  # ranks that are those of a sketch, or not known at all
+            return False
         logs = np.log(domain.sizes)
-        full = np.minimum(modes @ logs, (1 - modes) @ logs)
-        ranks = np.log(np.maximum((spectrum.tails > 0).sum(1), 1))
-        self._wanted = ranks
-        vertices = np.arange(2**domain.order)
-        apart = ((spectrum.cuts[:, None] ^ vertices)[..., None] >> np.arange(domain.order)) & 1
-        self._modes_cut = apart @ logs
-        self._vertices = vertices
-        return bool((ranks < full - MATCH).any())
+        modes = _bits(spectrum.cuts, domain.order)
+        self._full = np.minimum(modes @ logs, (1 - modes) @ logs)
+        self._ranks = np.log(np.maximum((spectrum.tails > 0).sum(1), 1))
+        apart = [sum(1 << mode for mode in some) for some in _subsets(domain.order, MOST_APART)]
+        self._vertex_sets = spectrum.cuts[:, None] ^ np.array(apart)
+        self._modes_cut = _bits(np.array(apart), domain.order) @ logs
+        return bool((self._ranks < self._full - MATCH).any())
 
     def points(self, count: int, descents: int) -> list[Point]:
-        """Up to ``count`` points that match, those of fewest parameters first, from that many random descents."""
+        """Points that match, those of fewest parameters first.
+
+        Args:
+            count: most points.
+            descents: from random ranks; fewer where they are long.
+        """
+        variables = len(self.view.domain.lower)
+        lookups = self._vertex_sets.size * STEPS * 2 * variables**2
+        descents = max(1, min(descents, int(WORK / lookups)))
         found: dict[Point, float] = {}
         for _ in range(descents):
             point, mismatch = self._descend()
@@ -60,15 +71,15 @@ class RankMatch:
         start = domain.random(generator)
         assert domain.edges is not None
         edges = np.array(start.permutation)[np.array(domain.edges)]
-        crossed = crossing(self._vertices, edges).astype(float).T
+        crossed = crossing(np.arange(2**domain.order), edges).astype(float).T
         at = (edges[:, :, None] == np.arange(domain.order)).any(1)
         low, high = np.array(domain.lower), np.array(domain.upper)
         # sparse starts: from dense ones the descent ends at ranks that are full everywhere
         ranks = np.minimum(generator.integers(1, 3, len(edges)), high).clip(low)
 
         def values(candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            narrowest = ((np.log(candidates) @ crossed)[:, None] + self._modes_cut).min(2)
-            mismatch = np.abs(narrowest - self._wanted).sum(1)
+            cuts = (np.log(candidates) @ crossed)[:, self._vertex_sets] + self._modes_cut
+            mismatch = np.abs(np.minimum(cuts.min(2), self._full) - self._ranks).sum(1)
             cores = np.where(at.T, candidates[:, None], 1).prod(2) * np.array(domain.sizes)
             return mismatch + PARAMETER * cores.sum(1), mismatch
 
@@ -98,3 +109,12 @@ def _with(ranks: np.ndarray, changed: dict[int, int]) -> np.ndarray:
     for index, value in changed.items():
         other[index] = value
     return other
+
+
+def _subsets(count: int, most: int) -> list[tuple[int, ...]]:
+    """Subsets of ``range(count)`` with up to ``most`` members."""
+    return [subset for size in range(most + 1) for subset in itertools.combinations(range(count), size)]
+
+
+def _bits(masks: np.ndarray, count: int) -> np.ndarray:
+    return (masks[:, None] >> np.arange(count)) & 1
