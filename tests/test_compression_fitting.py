@@ -1,5 +1,7 @@
 """Networks fitted in the metric that counts. Tier T0."""
 
+import math
+
 import pytest
 import torch
 
@@ -37,7 +39,7 @@ def test_the_core_of_a_whole_side_is_the_best_one() -> None:
     matrix, metric = problem()
     turned = make_network((M, N), (M,), (2, 4), ((0,), (1,), (2,)), [(0, 1, 2), (1, 2, 2), (0, 2, 3)])
     for network, vertex in ((GRAPH, 2), (turned, 0)):
-        cores, error = refine(matrix, metric, network, random_cores(network, 3), 3, 0.01)
+        cores, error = refine(matrix, metric, network, random_cores(network, 3), 3, 0.01, 0.0)
         assert error == pytest.approx(float(network_error(matrix, metric, network, cores)))
         for step in random_cores(network, 4)[vertex].flatten(end_dim=-2):
             other = [core.clone() for core in cores]
@@ -51,7 +53,7 @@ def test_pairs_of_factors_are_found_again() -> None:
     planted = random_cores(pairs, 5)
     matrix = contract_to_matrix(pairs, planted)
     near = [core + 0.1 * noise for core, noise in zip(planted, random_cores(pairs, 6), strict=True)]
-    assert refine(matrix, metric, pairs, near, 200, 0.01)[1] < 1e-6 * metric.error(matrix)
+    assert refine(matrix, metric, pairs, near, 200, 0.01, 0.0)[1] < 1e-6 * metric.error(matrix)
 
 
 def test_refining_reaches_the_best_truncation() -> None:
@@ -60,7 +62,7 @@ def test_refining_reaches_the_best_truncation() -> None:
     network, _ = truncated(spectrum, 3, metric)
     generator = torch.Generator().manual_seed(1)
     start = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in network.structure.core_shapes]
-    cores, error = refine(matrix, metric, network, start, 300, 0.01)
+    cores, error = refine(matrix, metric, network, start, 300, 0.01, 0.0)
     assert error == pytest.approx(float(spectrum.errors()[3]), rel=1e-3)
     assert float(network_error(matrix, metric, network, cores)) == pytest.approx(error)
 
@@ -72,10 +74,20 @@ def test_refining_finds_a_network_again_and_is_never_worse() -> None:
     matrix = contract_to_matrix(GRAPH, planted)
     near = [core + 0.1 * torch.randn(core.shape, generator=generator, dtype=torch.float64) for core in planted]
     before = float(network_error(matrix, metric, GRAPH, near))
-    errors = [refine(matrix, metric, GRAPH, near, iterations, 0.01)[1] for iterations in (1, 10, 300)]
+    errors = [refine(matrix, metric, GRAPH, near, iterations, 0.01, 0.0)[1] for iterations in (1, 10, 300)]
     assert before >= errors[0] >= errors[1] >= errors[2]
     assert errors[2] < 1e-4 * metric.error(matrix)
-    assert refine(matrix, metric, GRAPH, planted, 5, 0.01)[1] < 1e-20 * metric.error(matrix)
+    assert refine(matrix, metric, GRAPH, planted, 5, 0.01, 0.0)[1] < 1e-20 * metric.error(matrix)
+
+
+def test_shrinkage_keeps_cores_from_cancelling() -> None:
+    matrix, metric = problem()
+    sizes = []
+    for shrinkage in (0.0, 0.3):
+        cores, error = refine(matrix, metric, GRAPH, random_cores(GRAPH, 7), 100, 0.01, shrinkage)
+        assert error < metric.error(matrix)
+        sizes.append(math.prod(float(core.norm()) for core in cores))
+    assert sizes[1] < sizes[0]
 
 
 def test_balancing_leaves_the_network() -> None:

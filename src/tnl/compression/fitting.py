@@ -18,6 +18,7 @@ from tnl.compression.metric import Metric, Side, Spectrum, factor_sides
 from tnl.models.tnl.matrix_network import MatrixNetwork, contract_to_matrix
 from tnss import Structure
 
+SHRINKAGE = 0.1  # weight of the cores' norms over the error that a fit begins with
 RIDGES = (1e-12, 1e-9, 1e-6)  # of the mean diagonal of the normal equations
 
 
@@ -102,8 +103,15 @@ class _Problem:
         """The cores of coordinates."""
         return through_sides(cores, self.network, self.sides, undo=True)
 
-    def error(self, cores: list[Tensor]) -> Tensor:
-        """The error, differentiable in the cores; puts the core that is solved for in place."""
+    def error(self, cores: list[Tensor], shrinkage: float) -> Tensor:
+        """The error and `shrinkage` times half of the cores' squared norms, differentiable in the cores.
+
+        Puts the core that is solved for in place.
+        """
+        error = self._error(cores, shrinkage)
+        return error + 0.5 * shrinkage * _squared_norm(cores)
+
+    def _error(self, cores: list[Tensor], shrinkage: float) -> Tensor:
         if self.solved is None:
             rows, columns = self.rest
             result = _times(rows, contract_to_matrix(self.network, cores))
@@ -116,16 +124,20 @@ class _Problem:
         )
         environment = _times(self.rest[1 - side], given.reshape(-1, cores[vertex].numel() // target.shape[1]))
         with torch.no_grad():
-            core = _least_squares(environment, target)
+            core = _least_squares(environment, target, shrinkage)
         cores[vertex] = core.reshape(cores[vertex].shape)
         return 0.5 * (target - environment @ core).square().sum()
 
 
-def _least_squares(matrix: Tensor, right: Tensor) -> Tensor:
-    """The `X` with the least `|matrix X - right|`, by normal equations with as little of a ridge as they need."""
+def _squared_norm(cores: Sequence[Tensor]) -> Tensor:
+    return torch.stack([core.square().sum() for core in cores]).sum()
+
+
+def _least_squares(matrix: Tensor, right: Tensor, shrinkage: float) -> Tensor:
+    """The `X` with the least `|matrix X - right|^2 + shrinkage |X|^2`, with what else of a ridge the equations need."""
     gram = matrix.T @ matrix
     for ridge in RIDGES:
-        shifted = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram)).to(gram)
+        shifted = gram + (shrinkage + ridge * float(gram.diagonal().mean())) * torch.eye(len(gram)).to(gram)
         factor, failed = torch.linalg.cholesky_ex(shifted)
         if not failed:
             break
@@ -155,9 +167,18 @@ def _times(rest: Tensor | None, matrix: Tensor) -> Tensor:
 
 
 def refine(
-    matrix: Tensor, metric: Metric, network: MatrixNetwork, cores: Sequence[Tensor], iterations: int, damping: float
+    matrix: Tensor,
+    metric: Metric,
+    network: MatrixNetwork,
+    cores: Sequence[Tensor],
+    iterations: int,
+    damping: float,
+    shrinkage: float = SHRINKAGE,
 ) -> tuple[list[Tensor], float]:
     """Lower the error of a network from given cores; never worse than these.
+
+    Networks with cycles fit better and better with larger and larger cores that cancel each other, which takes many
+    iterations and cannot be rounded. A small weight on the cores' norms keeps a fit from that.
 
     Args:
         matrix: `[m, n]` float64.
@@ -166,6 +187,7 @@ def refine(
         cores: Where to start.
         iterations: Of L-BFGS, most.
         damping: Of the moments of factors, as in :func:`tnl.compression.metric.factor_sides`.
+        shrinkage: Weight of the cores' squared norms over that of the error, both as they are at the start.
 
     Returns:
         The cores in float64, and the error.
@@ -174,21 +196,24 @@ def refine(
     problem = _Problem(matrix, metric, network, damping)
     current = problem.start(before)
     solved = None if problem.solved is None else problem.solved[0]
+    first = float(problem.error(current, 0.0))
+    current = balance(current)
+    scale = first or 1.0
+    weight = 2.0 * shrinkage * first / (float(_squared_norm(current)) or 1.0)
     moved = [core.requires_grad_() for vertex, core in enumerate(current) if vertex != solved]
-    scale = float(problem.error(current).detach()) or 1.0
     optimizer = torch.optim.LBFGS(
         moved, max_iter=iterations, history_size=10, line_search_fn="strong_wolfe", tolerance_change=1e-7
     )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        error = problem.error(current) / scale
+        error = problem.error(current, weight) / scale
         error.backward()
         return error
 
     with torch.enable_grad():
         optimizer.step(closure)
-        problem.error(current)
+        problem.error(current, weight)
     after = problem.finish([core.detach() for core in current])
     errors = [float(network_error(matrix, metric, network, candidate)) for candidate in (before, after)]
     return (after, errors[1]) if errors[1] < errors[0] else (before, errors[0])
