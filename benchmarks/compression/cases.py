@@ -114,7 +114,15 @@ CPU = Scale(
     learning_rate=4e-3,
     precision="float32",
     measured_rows=64,
-    compression={"calibration_tokens": 1 << 15, "sequence_length": 512, "orders": [3], "evaluations": 6},
+    compression={
+        "calibration_tokens": 1 << 15,
+        "sequence_length": 512,
+        "orders": [3],
+        "evaluations": 6,
+        "iterations": 160,
+        "executor": "joblib",
+        "workers": 3,
+    },
 )
 TINY = Scale(
     model={"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
