@@ -195,7 +195,7 @@ def refusal(model: TnlForCausalLM, rows: int, kernels: str) -> str | None:
     if rows != 1:
         return f"kernels: expected 'layers' or 'modules' for {rows} rows, 'step' serves one"
     config = model.config
-    _, heads, head_dim = config.state_shape(0)
+    heads, _, head_dim = config.state_shape(0)
     problem = why_not(model.device, model.dtype, config.hidden_size, heads, head_dim)
     return None if problem is None else f"kernels: expected 'layers' or 'modules'; 'step' does not serve: {problem}"
 
