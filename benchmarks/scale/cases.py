@@ -155,6 +155,9 @@ def _time_operator(
         about = {"heads": sizes.heads, "D": sizes.width, "dtype": str(dtype).removeprefix("torch."), "calls": calls}
         rows += [{"pass": f"forward{name}"} | about | quantiles(forward)]
         rows += [{"pass": f"forward and backward{name}"} | about | quantiles(both_ways)]
+        if not name and group is not None and machine.device.type == "cuda":
+            shares = communication_shares(both)
+            rows[-1] |= dict(zip(("communication_share", "waiting_share"), shares, strict=True))
     return rows
 
 
