@@ -57,8 +57,16 @@ class Case:
 
 def full_cases() -> Iterator[Case]:
     """The most telling first; sizes change seldom, since each change makes new models."""
+    for tokens in (512, 32 * K, 512 * K):
+        yield Case("decode", "llama", "385m", "captured", tokens=tokens)
+    for tokens in (512, 32 * K):
+        yield Case("prefill", "llama", "385m", "modules", tokens=tokens)
     for size in ("385m", "1b"):
-        for implementation in ("step", "captured", "fused in turn", "fused", "modules"):
+        yield Case("decode", "tnl", size, "step")
+    for batch in (16, 256):
+        yield Case("decode", "llama", "385m", "captured", batch)
+    for size in ("385m", "1b"):
+        for implementation in ("captured", "fused in turn", "fused", "modules"):
             yield Case("decode", "tnl", size, implementation)
         for tokens in (32 * K, 512 * K):
             yield Case("decode", "tnl", size, "step", tokens=tokens)

@@ -55,10 +55,12 @@ class Case:
 
 def full_cases() -> Iterator[Case]:
     """The most telling first."""
-    yield Case("tnl", "385m", 8 * K, profile=True)
-    for tokens in (1, 32, 128):
+    for tokens in (1, 32):
         yield Case("tnl", "385m", tokens * K)
-    for tokens in (128, 32, 1):
+    yield Case("llama", "385m", K)
+    yield Case("tnl", "385m", 8 * K, profile=True)
+    yield Case("tnl", "385m", 128 * K)
+    for tokens in (32, 128):
         yield Case("llama", "385m", tokens * K)
     for tokens in (8, 1, 32, 128):
         yield Case("tnl", "1b", tokens * K, profile=tokens == 8)
