@@ -52,11 +52,10 @@ def one_step(
     q, k, v = (torch.cat([*(piece[j] for piece in pieces), filler[j]]) for j in range(3))
     output = torch.full_like(v, torch.nan)
     steps = [
-        PooledStep(
-            decode_rows=torch.tensor([at[i] for i in decodes] + [-1] * padding, dtype=torch.int32),
-            prefill_rows=torch.tensor([at[i] for i in prefills], dtype=torch.int64),
-            prefill_bounds=torch.tensor([0, *prefills.values()]).cumsum(0).int(),
-            num_tokens=sum(counts.values()) + padding,
+        PooledStep.of(
+            torch.tensor([at[i] for i in decodes] + [-1] * padding, dtype=torch.int32),
+            torch.tensor([at[i] for i in prefills], dtype=torch.int64),
+            torch.tensor(list(prefills.values()), dtype=torch.int64, device="cpu"),
         )
         for at in rows
     ]
@@ -103,9 +102,9 @@ def test_prefills_cut_in_segments(parts: int, lengths: tuple[int, ...], monkeypa
     generator = torch.Generator(DEVICE).manual_seed(0)
     q, k, v = (torch.randn(sum(lengths), HEADS, WIDTH * n, generator=generator) for n in (parts, parts, 1))
     given = [torch.randn(ROWS, HEADS, WIDTH, WIDTH, generator=generator) for _ in range(parts)]
-    nothing, bounds = torch.tensor([], dtype=torch.int32), torch.tensor([0, *lengths]).cumsum(0).int()
+    nothing = torch.tensor([], dtype=torch.int32)
     rows = [torch.tensor(at[: len(lengths)]) for at in ([4, 9, 0], [9, 1, 8])][:parts]
-    steps = [PooledStep(nothing, at, bounds, sum(lengths)) for at in rows]
+    steps = [PooledStep.of(nothing, at, torch.tensor(lengths, device="cpu")) for at in rows]
     results = []
     for backend in ("torch", "triton"):
         pools, output = [pool.clone() for pool in given], torch.full_like(v, torch.nan)
@@ -118,7 +117,7 @@ def test_prefills_cut_in_segments(parts: int, lengths: tuple[int, ...], monkeypa
 def test_tokens_after_the_step_are_left_alone() -> None:
     q, k, v = texts(1)[1]
     output = torch.full_like(v, 7.0)
-    step = PooledStep(torch.tensor([], dtype=torch.int32), torch.tensor([0]), torch.tensor([0, 3]).int(), 3)
+    step = PooledStep.of(torch.tensor([], dtype=torch.int32), torch.tensor([0]), torch.tensor([3], device="cpu"))
     attend([step], q, k, v, DECAY, [torch.zeros(1, HEADS, WIDTH, WIDTH)], output)
     assert (output[3:] == 7).all()
     assert (output[:3] != 7).all()
@@ -132,7 +131,8 @@ def test_half_precision_with_two_pools_is_rounded_once(dtype: torch.dtype, backe
     exact = whole((q.double(), k.double(), v.double()), DECAY.double())
     pools = [torch.zeros(1, HEADS, WIDTH, WIDTH) for _ in range(2)]
     rows, output = torch.zeros(1, dtype=torch.int32), torch.empty_like(v)
-    empty = PooledStep(rows, torch.tensor([], dtype=torch.int64), torch.zeros(1, dtype=torch.int32), 1)
+    nothing = torch.tensor([], dtype=torch.int64)
+    empty = PooledStep.of(rows, nothing, nothing.cpu())
     for t in range(len(q)):
         attend([empty] * 2, q[t : t + 1], k[t : t + 1], v[t : t + 1], DECAY, pools, output[t : t + 1], backend)
     half_a_unit = torch.finfo(dtype).eps / 2

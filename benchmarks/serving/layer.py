@@ -63,12 +63,10 @@ def decay(heads: int, device: str) -> Tensor:
 
 
 def describe(sizes: Sizes, rows: Tensor, device: str) -> PooledStep:
-    lengths = torch.tensor([0, *sizes.prefills], dtype=torch.int32)
-    return PooledStep(
-        decode_rows=rows[: sizes.decodes].int().to(device),
-        prefill_rows=rows[sizes.decodes : sizes.decodes + len(sizes.prefills)].to(device),
-        prefill_bounds=lengths.cumsum(0, dtype=torch.int32).to(device),
-        num_tokens=sizes.tokens,
+    return PooledStep.of(
+        rows[: sizes.decodes].int().to(device),
+        rows[sizes.decodes : sizes.decodes + len(sizes.prefills)].to(device),
+        torch.tensor(sizes.prefills, dtype=torch.int64),
     )
 
 

@@ -25,13 +25,31 @@ class PooledStep:
         decode_rows: Row of each decode, `[decodes]` int32, each at most once; negative for padding.
         prefill_rows: Row of each prefill, `[prefills]` int64, each at most once.
         prefill_bounds: Boundaries of the prefills in the tokens after the decodes, `[prefills + 1]` int32, from 0.
+        prefill_order: The prefills from the longest to the shortest, `[prefills]` int32: on a GPU the longest begin
+            first, so that none of them is what all wait for.
+        longest_prefill: Tokens of the longest one, 0 without any.
         num_tokens: Tokens of the step; what comes after them is padding and is left alone.
     """
 
     decode_rows: Tensor
     prefill_rows: Tensor
     prefill_bounds: Tensor
+    prefill_order: Tensor
+    longest_prefill: int
     num_tokens: int
+
+    @classmethod
+    def of(cls, decode_rows: Tensor, prefill_rows: Tensor, lengths: Tensor) -> "PooledStep":
+        """A step by the lengths of its prefills, `[prefills]` on the host."""
+        device = prefill_rows.device
+        return cls(
+            decode_rows=decode_rows,
+            prefill_rows=prefill_rows,
+            prefill_bounds=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().to(device, non_blocking=True),
+            prefill_order=lengths.argsort(descending=True).int().to(device, non_blocking=True),
+            longest_prefill=int(lengths.max()) if len(lengths) else 0,
+            num_tokens=len(decode_rows) + int(lengths.sum()),
+        )
 
 
 def attend(
@@ -69,8 +87,7 @@ def attend(
         call_on_device(decode, q, k, v, log_decay, pools, [step.decode_rows for step in steps], into)
     if end > decodes:
         q, k, v, into = (x[decodes:end] for x in (query, key, value, output))
-        rows = [step.prefill_rows for step in steps]
-        call_on_device(prefill, q, k, v, log_decay, pools, rows, steps[0].prefill_bounds, into)
+        call_on_device(prefill, q, k, v, log_decay, pools, steps, into)
 
 
 def _decode_copied(
@@ -100,22 +117,22 @@ def _prefill_copied(
     value: Tensor,
     log_decay: Tensor | None,
     pools: Sequence[Tensor],
-    rows: Sequence[Tensor],
-    cu_seqlens: Tensor,
+    steps: Sequence[PooledStep],
     output: Tensor,
 ) -> None:
     """What :func:`tnl.serving.pooled_triton.prefill` does in place, with copies of the states."""
+    states = [pool[step.prefill_rows] for pool, step in zip(pools, steps, strict=True)]
     result, final = lightning_attention(
         query[None],
         key[None],
         value[None],
         log_decay,
-        initial_state=torch.cat([pool[at] for pool, at in zip(pools, rows, strict=True)], dim=2),
+        initial_state=torch.cat(states, dim=2),
         return_final_state=True,
-        cu_seqlens=cu_seqlens,
+        cu_seqlens=steps[0].prefill_bounds,
         backend="torch",
     )
     assert final is not None
     output.copy_(result[0])
-    for pool, at, part in zip(pools, rows, final.chunk(len(pools), dim=2), strict=True):
-        pool[at] = part
+    for pool, step, part in zip(pools, steps, final.chunk(len(pools), dim=2), strict=True):
+        pool[step.prefill_rows] = part

@@ -4,6 +4,7 @@ Dimensions: N tokens laid end to end, R requests, H heads, D key width, E value 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import triton
@@ -26,16 +27,24 @@ from tnl.ops.lightning_triton import (
     ceil_div,
     choose_tiles,
 )
+from tnl.serving.pooled import PooledStep
+
+SHORT = 512  # tokens of a prefill up to which the time is that of reading and writing states
 
 
-def choose_prefill_tiles(parts: int, width: int, dtype: torch.dtype, exact: bool) -> Tiles:
-    """Tiles for keys of ``parts width`` and values of ``width``."""
-    return choose_tiles(parts * width, width, dtype, False, False, exact)
+def choose_prefill_tiles(parts: int, width: int, dtype: torch.dtype, exact: bool, longest: int) -> Tiles:
+    """Tiles for keys of ``parts width`` and values of ``width``.
+
+    Where all prefills are short, fewer stages leave room for two programs on a multiprocessor, of which one walks while
+    the other waits for its state (measured on an H200).
+    """
+    tiles = choose_tiles(parts * width, width, dtype, False, False, exact)
+    return replace(tiles, stages=2) if longest <= SHORT else tiles
 
 
 @triton.jit(do_not_specialize=["T", "H", "sequences", "segment", "lead", "per_sequence", "items"])
 def _prefill_kernel(
-    Q, K, V, OUT, LOG_DECAY, POOL, SECOND_POOL, ROWS, SECOND_ROWS, CU_SEQLENS, FLAGS,
+    Q, K, V, OUT, LOG_DECAY, POOL, SECOND_POOL, ROWS, SECOND_ROWS, CU_SEQLENS, ORDER, FLAGS,
     T, H, sequences, segment, lead, per_sequence, items, pool_row, out_token, D, E,
     PARTS: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -50,10 +59,17 @@ def _prefill_kernel(
         ticket = tl.atomic_add(FLAGS, 1, sem="relaxed")
     column_block = ticket % blocks
     head = (ticket // blocks) % H
-    sequence, begin, end, index, is_last = _locate(
-        ticket // (blocks * H), CU_SEQLENS, T, segment, lead, sequences, per_sequence, items,
-        False, PACKED, SPLIT, BLOCK_T,
-    )  # fmt: skip
+    item = ticket // (blocks * H)
+    if PACKED and not SPLIT:
+        sequence = tl.load(ORDER + item)
+        begin = tl.load(CU_SEQLENS + sequence)
+        end = tl.load(CU_SEQLENS + sequence + 1)
+        index = item * 0
+        is_last = item >= 0
+    else:
+        sequence, begin, end, index, is_last = _locate(
+            item, CU_SEQLENS, T, segment, lead, sequences, per_sequence, items, False, PACKED, SPLIT, BLOCK_T
+        )
     if sequence < 0:
         return
     state = POOL + tl.load(ROWS + sequence).to(tl.int64) * pool_row + head.to(tl.int64) * E * E
@@ -78,8 +94,7 @@ def prefill(
     value: Tensor,
     log_decay: Tensor | None,
     pools: Sequence[Tensor],
-    rows: Sequence[Tensor],
-    cu_seqlens: Tensor,
+    steps: Sequence[PooledStep],
     output: Tensor,
 ) -> None:
     """Let the tokens of R requests attend to all that their requests have read; move the states on.
@@ -90,8 +105,7 @@ def prefill(
         value: ``[N, H, E]``.
         log_decay: ``[H]`` float32, or None for no decay.
         pools: One or two ``[P, H, E, E]`` float32 of the same strides, heads without gaps; updated in place.
-        rows: In each of the pools, ``[R]`` of the same type, each at most once.
-        cu_seqlens: ``[R + 1]``, from 0 to N.
+        steps: The prefills, with their rows in each of the pools.
         output: ``[N, H, E]``, heads without gaps; written in place.
     """
     q, k, v = _aligned(query[None]), _aligned(key[None]), _aligned(value[None])
@@ -99,10 +113,11 @@ def prefill(
     E = v.shape[-1]
     log_decay, decay = _decay_form(log_decay)
     precision = _precision(q.dtype)
-    tiles = choose_prefill_tiles(len(pools), E, q.dtype, precision == "ieee")
+    tiles = choose_prefill_tiles(len(pools), E, q.dtype, precision == "ieee", steps[0].longest_prefill)
     blocks = ceil_div(E, tiles.columns)
+    bounds, order, rows = steps[0].prefill_bounds, steps[0].prefill_order, [step.prefill_rows for step in steps]
     # One request alone is cut over the whole GPU, and read as a row of its own.
-    cut = _cut(q, cu_seqlens if len(rows[0]) > 1 else None, blocks, decay == 1)
+    cut = _cut(q, bounds if len(order) > 1 else None, blocks, decay == 1)
     flags = None
     if cut.split:
         flags = torch.zeros(1 + cut.sequences * heads * blocks, dtype=torch.int32, device=q.device)
@@ -112,7 +127,7 @@ def prefill(
         tuple(
             _descriptor(x, tiles.tokens, width, cut.packed) for x, width in ((q, block_d), (k, block_d), (v, block_c))
         ),
-        (output, _or(log_decay, output), pools[0], pools[-1], rows[0], rows[-1], cu_seqlens, _or(flags, output)),
+        (output, _or(log_decay, output), pools[0], pools[-1], rows[0], rows[-1], bounds, order, _or(flags, output)),
         (tokens, heads, cut.sequences, cut.segment, cut.lead, cut.per_sequence, cut.items),
         (pools[0].stride(0), output.stride(0), D, E),
         (len(pools), decay, cut.packed, cut.split, precision, tiles.tokens, block_d, block_c),

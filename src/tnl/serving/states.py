@@ -111,19 +111,13 @@ class LightningMetadataBuilder(AttentionMetadataBuilder[PooledStep]):
             pool.index_fill_(0, new_rows, 0.0)
 
     def _describe(self, step: CommonAttentionMetadata, rows: Tensor) -> PooledStep:
-        decodes, prefills, decode_tokens, prefill_tokens = split_decodes_and_prefills(
-            step, decode_threshold=self.reorder_batch_threshold
-        )
+        decodes, prefills, *_ = split_decodes_and_prefills(step, decode_threshold=self.reorder_batch_threshold)
         decode_rows = self.decode_rows[:decodes]
         # What pads a CUDA graph has no tokens, or vLLM's null block; it shall read and write no row.
         padding = (step.seq_lens[:decodes] == 0) | (rows[:decodes] == NULL_BLOCK_ID)
         decode_rows.copy_(rows[:decodes].masked_fill(padding, -1))
-        return PooledStep(
-            decode_rows=decode_rows,
-            prefill_rows=rows[decodes : decodes + prefills].long(),
-            prefill_bounds=step.query_start_loc[decodes : decodes + prefills + 1] - decode_tokens,
-            num_tokens=decode_tokens + prefill_tokens,
-        )
+        lengths = step.query_start_loc_cpu[decodes : decodes + prefills + 1].diff()
+        return PooledStep.of(decode_rows, rows[decodes : decodes + prefills].long(), lengths)
 
 
 class LightningBackend(AttentionBackend):
