@@ -5,12 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import REPOSITORY
-from benchmarks.compression.cases import METHODS, ORIGINAL
+from benchmarks.compression.cases import HEALING_LEARNING_RATES, METHODS, ORIGINAL
 
 Row = dict[str, str]
 DOCS = REPOSITORY / "docs"
-MARKS = ("<!-- table of python -m benchmarks.compression plot -->", "<!-- end of the table -->")
-STRUCTURE_MARKS = ("<!-- structures of python -m benchmarks.compression plot -->", "<!-- end of the structures -->")
 HEADER = (
     "method", "parameters of the matrices", "before healing", "healed", "healed, int8", "MB, int8", "GiB", "tokens/s",
     "compiled", "decoded/s", "seconds",
@@ -20,32 +18,43 @@ COLOURS = dict(zip(METHODS, ("tab:red", "tab:purple", "tab:blue", "tab:cyan", "t
 
 
 def draw(folder: Path) -> None:
-    """`docs/compression-parameters.png` and `docs/compression-bytes.png` from the largest scale that was measured."""
-    table = next((path for path in (folder / "gpu.csv", folder / "cpu.csv") if path.exists()), None)
-    if table is None:
-        raise SystemExit(f"no gpu.csv or cpu.csv in {folder}: run the benchmark first")
-    with table.open() as file:
-        rows = list(csv.DictReader(file))
-    draw_parameters(rows, DOCS / "compression-parameters.png")
-    draw_bytes(rows, DOCS / "compression-bytes.png")
+    """The page's tables, and its plots of the scale of which most cases were measured.
+
+    Raises:
+        SystemExit: Nothing was measured.
+    """
     page = DOCS / "compression.md"
-    write_between(page, MARKS, results_table(rows))
-    found = [folder / f"structures-{scale}.csv" for scale in ("gpu", "cpu")]
-    tables = [structures_table(path) for path in found if path.exists()]
-    write_between(page, STRUCTURE_MARKS, "\n\n".join(tables))
+    measured = {scale: folder / f"{scale}.csv" for scale in ("gpu", "cpu") if (folder / f"{scale}.csv").exists()}
+    if not measured:
+        raise SystemExit(f"no gpu.csv or cpu.csv in {folder}: run the benchmark first")
+    tables = {scale: read_rows(path) for scale, path in measured.items()}
+    for scale, rows in tables.items():
+        write_between(page, f"results-{scale}", results_table(rows))
+        found = folder / f"structures-{scale}.csv"
+        if found.exists():
+            write_between(page, f"structures-{scale}", structures_table(read_rows(found)))
+    most = max(tables.values(), key=len)
+    draw_parameters(most, DOCS / "compression-parameters.png")
+    draw_bytes(most, DOCS / "compression-bytes.png")
 
 
-def write_between(page: Path, marks: tuple[str, str], body: str) -> None:
-    """Put a text into a page, between two marks."""
-    before, _, rest = page.read_text().partition(marks[0])
-    _, _, after = rest.partition(marks[1])
-    page.write_text(f"{before}{marks[0]}\n{body}\n{marks[1]}{after}")
-
-
-def structures_table(path: Path) -> str:
-    """The best structure of each kind against decompositions of its size."""
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a CSV file."""
     with path.open() as file:
-        found = [row for row in csv.DictReader(file) if row["structure"]]
+        return list(csv.DictReader(file))
+
+
+def write_between(page: Path, name: str, body: str) -> None:
+    """Put a text into a page, between the two marks of a name; a page without them is left alone."""
+    first, last = f"<!-- {name} of python -m benchmarks.compression plot -->", f"<!-- end of {name} -->"
+    before, found, rest = page.read_text().partition(first)
+    if found:
+        page.write_text(f"{before}{first}\n{body}\n{last}{rest.partition(last)[2]}")
+
+
+def structures_table(rows: Sequence[Row]) -> str:
+    """The best structure of each kind against decompositions of its size."""
+    found = [row for row in rows if row["structure"]]
     lines = ["| kind | best folding | bonds | error over that of a decomposition |", "| --- | --- | --- | --- |"]
     for kind in dict.fromkeys(row["kind"] for row in found):
         ratios = {float(row["error"]) / float(row["svd_error"]): row for row in found if row["kind"] == kind}
@@ -67,16 +76,19 @@ def results_table(rows: Sequence[Row]) -> str:
         cells = [first["method"], f"{int(first['matrix_parameters']):,}", _bits(first, "bits_per_byte", original)]
         columns = ("bits_per_byte", "bits_per_byte_int8")
         cells += ["" if healed is None else _bits(healed, name, original) for name in columns]
-        cells.append(f"{int(first['bytes_int8']) / 1e6:.1f}")
-        cells.append(f"{float(first['memory_gib']):.2f}" if first["memory_gib"] else "")
+        cells.append(f"{int(first['bytes_int8']) / 1e6:.3g}")
+        cells.append(f"{float(first['memory_gib']):.2f}" if first.get("memory_gib") else "")
         cells += [f"{int(first[name]):,}" if first.get(name) else "" for name in SPEEDS]
         cells.append(f"{float(first['compress_seconds']):.0f}" if first["compress_seconds"] else "")
         lines.append(f"| {' | '.join(cells)} |")
-    about = f"{rows[0]['device']}, PyTorch {rows[0]['torch']}, transformers {rows[0]['transformers']}"
-    rates = sorted({row["healing_rate"] for row in rows if float(row.get("healing_rate", 0))})
-    healing = f"Healed at {' or '.join(rates)} of the training's learning rate, whichever was better."
+    devices = " and ".join(dict.fromkeys(row["device"] for row in rows))
+    about = f"{devices}, PyTorch {rows[0]['torch']}, transformers {rows[0]['transformers']}"
+    rates = sorted({row["healing_rate"] for row in rows if float(row["healing_rate"])})
+    shares = " and ".join(str(rate) for rate in HEALING_LEARNING_RATES)
+    best = f"the better one counts, which was {' or '.join(rates)}"
+    healing = f" Healed at {shares} of the training's learning rate; {best}." if rates else ""
     body = "\n".join(lines)
-    return f"{body}\n\n{about}. {healing}"
+    return f"{body}\n\n{about}.{healing}"
 
 
 def _bits(row: Row, name: str, original: float) -> str:
