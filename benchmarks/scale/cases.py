@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from benchmarks.scale.group import Machine, communication_shares, quantiles, time_together
+from benchmarks.scale.group import Machine, communication_shares, kernels, quantiles, time_together
 from tnl.models import TnlConfig
 from tnl.ops import lightning_attention
 from tnl.ops.context_parallel import lightning_attention_context_parallel
@@ -159,6 +159,31 @@ def _time_operator(
             shares = communication_shares(both)
             rows[-1] |= dict(zip(("communication_share", "waiting_share"), shares, strict=True))
     return rows
+
+
+def timeline(machine: Machine, sizes: Sizes) -> Iterator[Row]:
+    """What the first GPU does from one backward pass of the operator over all GPUs to the next, kernel by kernel."""
+    ranks, tokens = machine.first(machine.size), sizes.lengths[min(1, len(sizes.lengths) - 1)]
+    if machine.device.type != "cuda" or ranks is None or ranks.mesh is None:
+        return
+    shape = (1, tokens // ranks.size, sizes.heads, sizes.width)
+    q, k, v, do = (torch.randn(shape, device=machine.device, dtype=torch.bfloat16) for _ in range(4))
+    leaves, group = [x.requires_grad_() for x in (q, k, v)], ranks.mesh.get_group()
+    for kind, layer in (("head", 8), ("head, last layer", 15)):
+        rate = log_decay("released", 16, sizes.heads, machine.device)[layer]
+
+        def calls(rate: Tensor = rate) -> None:
+            for _ in range(6):
+                o, _ = lightning_attention_context_parallel(q, k, v, rate, group=group)
+                torch.autograd.grad(o, leaves, do)
+
+        calls()
+        ranks.wait()
+        seen = kernels(calls)
+        ends = [i for i, event in enumerate(seen) if "_backward_kernel" in event[0]][2:4]
+        for name, stream, begin, duration in seen[ends[0] + 1 : ends[1] + 1] if machine.rank == 0 else []:
+            about = {"case": "timeline", "gpus": ranks.size, "T": tokens, "decay": kind}
+            yield about | {"begin_us": begin - seen[ends[0]][2], "us": duration, "stream": stream, "kernel": name[:60]}
 
 
 def _free(machine: Machine) -> None:
@@ -317,6 +342,7 @@ def feeding(machine: Machine, sizes: Sizes) -> Iterator[Row]:
 
 CASES: dict[str, Callable[[Machine, Sizes], Iterator[Row]]] = {
     "operator": operator,
+    "timeline": timeline,
     "training": partial(_train_all, "training"),  # FSDP2, each GPU has rows of its own
     "models": models,
     "context": partial(_train_all, "context"),  # one row over all GPUs, FSDP2 and context parallel together

@@ -116,6 +116,16 @@ def communication_shares(step: Callable[[], Any]) -> tuple[float, float]:
     return exchange / whole, (everything - _covered(spans[False])) / whole
 
 
+def kernels(call: Callable[[], Any]) -> list[tuple[str, int, float, float]]:
+    """Name, stream, begin and duration in us of what runs on this GPU in a call, in the order of time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    events = [e for e in profile.profiler.kineto_results.events() if e.device_type() == torch.autograd.DeviceType.CUDA]
+    found = [(e.name(), e.device_resource_id(), e.start_ns() / 1e3, e.duration_ns() / 1e3) for e in events]
+    return sorted((e for e in found if not e[0].startswith(("nccl:", "Event", "Stream"))), key=lambda e: e[2])
+
+
 def _covered(spans: list[tuple[float, float]]) -> float:
     """Length of the union of intervals."""
     covered, reached = 0.0, float("-inf")
