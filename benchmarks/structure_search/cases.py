@@ -130,7 +130,7 @@ def fidelity(seed: int) -> Iterator[Row]:
 
 
 def evaluation(seed: int) -> Iterator[Row]:
-    """One evaluation, random rings: our solver (median of three times) against the authors' (Adam, 2 x 10,000 steps)."""
+    """One evaluation of random rings: our solver (median of three times) and the authors' (Adam, 2 x 10,000 steps)."""
     tensor = problems.shared("data")
     generator = np.random.default_rng(100 + seed)
     order, ranks = generator.permutation(6).tolist(), generator.integers(1, 8, 6).tolist()
