@@ -98,14 +98,14 @@ def name_row(case: str, sizes: Sizes, dtype: torch.dtype, what: str) -> Row:
 
 
 def measure_steps(device: str, wanted: Callable[[Row], bool]) -> Iterator[Row]:
-    """Times of steps; a step of decodes alone as a CUDA graph too, which is how vLLM runs it."""
+    """Times of steps as plain calls, and as CUDA graphs, which is how vLLM runs decodes: the device's time alone."""
     cuda = device == "cuda"
     bandwidth = copy_bandwidth() if cuda else None
     dtype = torch.bfloat16 if cuda else torch.float32
     for case, several in (GPU_CASES if cuda else CPU_CASES).items():
         for sizes in several:
             timers: dict[str, Any] = {"step": time_gpu if cuda else time_cpu}
-            if cuda and not sizes.prefills:
+            if cuda:
                 timers["step, graph"] = time_graph
             for what, timer in timers.items():
                 row = name_row(case, sizes, dtype, what)
