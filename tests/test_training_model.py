@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from tests.ranks import run_ranks
+from tests.test_matrix_network import make_network
 from tnl.training.config import ModelSettings, ParallelSettings
 from tnl.training.model import build_model, fill_model
 from tnl.training.parallel import Ranks, lay_out
@@ -22,6 +23,9 @@ MODELS = {
     "untied": ("tiny", {**SMALL, "tie_word_embeddings": False}),
     "llama": ("llama", SMALL),  # with buffers that no checkpoint has
 }
+
+NETWORK = make_network((48, 32), (48,), (32,), ((0,), (1,)), [(0, 1, 5)], ((0, 0),)).to_dict()
+COMPRESSED = {**SMALL, "tensor_networks": {"model.layers.0.mlp.gate_proj": NETWORK}}
 
 
 def make(name: str, overrides: dict[str, Any], ranks: Ranks) -> PreTrainedModel:
@@ -56,9 +60,16 @@ def compare(name: str, overrides: dict[str, Any]) -> None:
     assert torch.equal(after, torch.rand(()))
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_new_weights_are_those_of_one_process(model: str) -> None:
-    run_ranks(2, compare, *MODELS[model])
+@pytest.mark.parametrize("model", [*MODELS.values(), ("tiny", COMPRESSED)], ids=[*MODELS, "compressed"])
+def test_new_weights_are_those_of_one_process(model: tuple[str, dict[str, Any]]) -> None:
+    run_ranks(2, compare, *model)
+
+
+def test_a_model_without_rules_for_its_weights() -> None:
+    model, _ = build_model(ModelSettings("tiny", SMALL), byte_tokenizer(), 64)
+    model.extra = torch.nn.Parameter(torch.ones(3, device="meta"))
+    with pytest.raises(ValueError, match=r"model\.name: expected a model that makes new weights, got none for extra"):
+        fill_model(model, None, torch.device("cpu"))
 
 
 def test_new_weights_have_the_distribution_of_the_model() -> None:

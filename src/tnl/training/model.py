@@ -101,18 +101,22 @@ def fill_model(model: PreTrainedModel, weights: str | None, device: torch.device
 
 
 def _initialise(model: PreTrainedModel, device: torch.device) -> None:
-    done: set[int] = set()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     for module, owner in _inner_first(model, model):
-        own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
-        for name, parameter in own.items():
-            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-            module._parameters[name] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+        own = {key: parameter for key, parameter in module._parameters.items() if parameter is not None}
+        for key, parameter in own.items():
+            whole = torch.full(parameter.shape, torch.nan, dtype=parameter.dtype, device=device)
+            module._parameters[key] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
         owner._init_weights(module)
-        for name, parameter in own.items():
-            if id(parameter) not in done:  # what is tied keeps its first values
-                _keep_share(parameter, module._parameters[name].detach())  # type: ignore[union-attr]
-                done.add(id(parameter))
-            module._parameters[name] = parameter
+        for key, parameter in own.items():
+            made = module.get_parameter(key).detach()
+            module._parameters[key] = parameter
+            name = names.pop(id(parameter), None)
+            if name is None:  # tied: it keeps its first values
+                continue
+            if made.isnan().any():
+                raise ValueError(f"model.name: expected a model that makes new weights, got none for {name}")
+            _keep_share(parameter, made)
 
 
 def _inner_first(module: nn.Module, owner: PreTrainedModel) -> Iterator[tuple[nn.Module, PreTrainedModel]]:
