@@ -117,8 +117,8 @@ def bounded() -> None:
     model = make("tiny", overrides, ranks)
     size = sum(4 * parameter.numel() for parameter in model.parameters())
     assert size > 100e6
-    assert status("VmHWM") - before < 0.6 * size
+    assert status("VmHWM") - before < 0.5 * size  # a quarter is this process's share
 
 
 def test_no_process_has_the_whole_model() -> None:
-    run_ranks(2, bounded)
+    run_ranks(4, bounded)
