@@ -4,13 +4,13 @@
 // counters in memory: for queries and keys (only the blocks of a head), for the output projection, and for the gated
 // linear unit. The last two are sums over all blocks, to which each adds its part.
 //
-// Every warp reads rows of weights in an order that is known beforehand, so one more warp asks for them far ahead,
-// across all waiting, by bulk copies into rings in shared memory: memory is read all the time. Rows of the output and
-// the down projection are columns of their matrices, which are transposed for this.
+// Every warp reads rows of weights in an order that it knows beforehand, so one lane asks for them far ahead, across
+// all waiting, by bulk copies into a ring in shared memory: memory is read all the time. Rows of the output and the
+// down projection are columns of their matrices, which are transposed for this.
 //
 // WIDTH d, HEADS x E = HE, INNER of the gated linear unit, LAYERS; WORDS of the vocabulary come as an argument.
 
-constexpr int WARPS = 8, THREADS = 32 * WARPS;  // that compute; one more warp asks
+constexpr int WARPS = 8, THREADS = 32 * WARPS;
 constexpr int PIECE = 1024;                   // weights in one copy
 constexpr int PIECES = WIDTH / PIECE;         // copies to a row
 constexpr int LANE = WIDTH / 32;              // elements of a row that a lane has
@@ -20,10 +20,8 @@ constexpr int MINE = COLUMNS / WARPS;         // of these in a warp: w, w + 8, .
 constexpr int BLOCKS_OF_HEAD = E / COLUMNS;
 constexpr int KEYS = E / 32;                  // rows of the state that a lane has
 constexpr int SHARE = (INNER + PROGRAMS - 1) / PROGRAMS;  // units in a block, of which a warp has w, w + 8, ..
-constexpr int UNITS = (SHARE + WARPS - 1) / WARPS;
 constexpr int FIELDS = 7;                     // of a layer in TABLE: qkvu, out, gate, up, down, state, theta
 constexpr int LINE = 32;                      // counters in a line of memory
-constexpr int SUM = COPIES * WIDTH;
 constexpr int COPY_BYTES = 2 * PIECE;
 constexpr long long ROW_BYTES = 2 * WIDTH;
 
@@ -35,7 +33,7 @@ struct Shared {
     float parts[WARPS][WIDTH];
     float x[WIDTH];
     float squares[WARPS];
-    u64 arrived[WARPS][SLOTS], taken[WARPS][SLOTS];
+    u64 arrived[WARPS][SLOTS];
     u64 table[(LAYERS + 1) * FIELDS];  // behind the layers: the head
 };
 
@@ -53,9 +51,7 @@ __device__ __forceinline__ float warp_sum(float x) {
 __device__ __forceinline__ float2 widen(u32 pair) {
 #if HALF
     float2 both;
-    asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"
-        : "=f"(both.x), "=f"(both.y)
-        : "r"(pair));
+    asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}" : "=f"(both.x), "=f"(both.y) : "r"(pair));
     return both;
 #else
     return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
@@ -72,50 +68,17 @@ __device__ __forceinline__ unsigned short narrow(float x) {
     return result;
 }
 
-// Elements at.. at + 3 of a sum: what other blocks wrote, not from this one's cache.
-__device__ __forceinline__ float4 load_sum(const float* copies, int at) {
-    float4 sum = __ldcg(reinterpret_cast<const float4*>(copies + at));
-#pragma unroll
-    for (int copy = 1; copy < COPIES; ++copy) {
-        const float4 more = __ldcg(reinterpret_cast<const float4*>(copies + copy * WIDTH + at));
-        sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
-    }
-    return sum;
+__device__ __forceinline__ float4 load_others(const float* pointer) {  // what other blocks wrote: not from this one's cache
+    return __ldcg(reinterpret_cast<const float4*>(pointer));
 }
 
 __device__ __forceinline__ void add_to(float* sum, float4 x) {
-    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
-                 ::"l"(sum), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
-                 : "memory");
-}
-
-// Until the warps that compute are here.
-__device__ __forceinline__ void together() {
-    asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
-}
-
-__device__ __forceinline__ bool passed(u64& barrier, u32 parity) {
-    u32 done;
-    asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-                 : "=r"(done)
-                 : "r"(address(&barrier)), "r"(parity)
-                 : "memory");
-    return done;
-}
-
-__device__ __forceinline__ void wait_for(u64& barrier, u32 parity) {
-    u32 done;
-    do {
-        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-                     : "=r"(done)
-                     : "r"(address(&barrier)), "r"(parity)
-                     : "memory");
-    } while (!done);
+    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(sum), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
 }
 
 // Tell that what this block has written is there.
 __device__ __forceinline__ void arrive(int* counter) {
-    together();
+    __syncthreads();
     if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
 }
 
@@ -126,88 +89,62 @@ __device__ __forceinline__ void wait(int* counter, int target) {
         do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
         while (seen - target < 0);
     }
-    together();
+    __syncthreads();
 }
 
-// How many units of the gated linear unit and words of the vocabulary a warp has.
-__device__ __forceinline__ int share_of_warp(int all, int each, int program, int warp) {
-    return max(0, (max(0, min(each, all - program * each)) - warp + WARPS - 1) / WARPS);
-}
-
-// Asks for the rows of weights of a warp in the order in which it needs them. One lane of the last warp does it for
-// each of the others.
-struct Asker {
+// The rows of weights of a warp, in the order in which it needs them.
+struct Rows {
     Shared& shared;
-    const int warp, program, units, words, each;
-    int layer = 0, row = 0, piece = 0, slot = 0;
-    u32 parity = 1;  // of a slot that nothing was in yet
+    const int warp, lane, program, units, words, each;
+    int layer = 0, row = 0, piece = 0;     // that is asked for next
+    int slot = 0, next_slot = 0;           // that is read next, and that is filled next
+    u32 parity = 0;
 
-    __device__ Asker(Shared& shared, int warp, int program, int units, int words, int each)
-        : shared(shared), warp(warp), program(program), units(units), words(words), each(each) {}
-
-    __device__ __forceinline__ bool more() const { return layer < LAYERS || (layer == LAYERS && row < words); }
+    __device__ Rows(Shared& shared, int program, int units, int words, int each)
+        : shared(shared), warp(threadIdx.x / 32), lane(threadIdx.x % 32), program(program), units(units), words(words), each(each) {}
 
     __device__ __forceinline__ u64 source() const {
+        const u64* fields = shared.table + layer * FIELDS;
         const int first = program * COLUMNS + warp;
-        int field = 0;
-        long long line;
-        if (layer == LAYERS) {
-            line = static_cast<long long>(program) * each + warp + WARPS * row;
-        } else if (row < 4 * MINE) {
-            line = (row / MINE) * HE + first + WARPS * (row % MINE);
-        } else if (row < 5 * MINE) {
-            field = 1;
-            line = first + WARPS * (row - 4 * MINE);
-        } else {  // both factors of all units, then rows of the down projection
-            const int place = row - 5 * MINE;
-            const bool factor = place < 2 * units;
-            field = factor ? 2 + place % 2 : 4;
-            line = program * SHARE + warp + WARPS * (factor ? place / 2 : place - 2 * units);
-        }
-        return shared.table[layer * FIELDS + field] + line * ROW_BYTES;
+        if (layer == LAYERS) return fields[0] + (static_cast<u64>(program) * each + warp + WARPS * row) * ROW_BYTES;
+        if (row < 4 * MINE) return fields[0] + static_cast<u64>((row / MINE) * HE + first + WARPS * (row % MINE)) * ROW_BYTES;
+        if (row < 5 * MINE) return fields[1] + static_cast<u64>(first + WARPS * (row - 4 * MINE)) * ROW_BYTES;
+        const int unit = (row - 5 * MINE) / 3, matrix = (row - 5 * MINE) % 3;
+        return fields[2 + matrix] + static_cast<u64>(program * SHARE + warp + WARPS * unit) * ROW_BYTES;
     }
 
-    // Ask for the next piece if its slot is free.
+    // Ask for the next piece, into the slot that was read last.
     __device__ __forceinline__ void ask() {
-        if (!passed(shared.taken[warp][slot], parity)) return;
-        const u32 barrier = address(&shared.arrived[warp][slot]);
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-                     ::"r"(barrier), "r"(COPY_BYTES)
-                     : "memory");
-        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                     ::"r"(address(shared.ring[warp][slot])), "l"(source() + piece * COPY_BYTES), "r"(COPY_BYTES),
-                       "r"(barrier)
-                     : "memory");
-        if (++slot == SLOTS) slot = 0, parity ^= 1;
+        const int last = layer == LAYERS ? words : 5 * MINE + 3 * units;
+        if (layer > LAYERS || (layer == LAYERS && words == 0)) return;
+        if (lane == 0) {
+            const u32 barrier = address(&shared.arrived[warp][next_slot]);
+            asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(COPY_BYTES) : "memory");
+            asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                             address(shared.ring[warp][next_slot])),
+                         "l"(source() + piece * COPY_BYTES), "r"(COPY_BYTES), "r"(barrier)
+                         : "memory");
+        }
+        next_slot = next_slot + 1 == SLOTS ? 0 : next_slot + 1;
         if (++piece < PIECES) return;
         piece = 0;
-        if (++row < (layer == LAYERS ? words : 5 * MINE + 3 * units)) return;
+        if (++row < last) return;
         row = 0;
         ++layer;
     }
-};
-
-// What the asker asked for, a row at a time.
-struct Rows {
-    Shared& shared;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int slot = 0;
-    u32 parity = 0;
-
-    __device__ Rows(Shared& shared) : shared(shared) {}
 
     // Four times eight weights of the next piece: those at 256 i + 8 lane, i = 0..3.
     __device__ __forceinline__ void take(uint4 (&weights)[4]) {
-        wait_for(shared.arrived[warp][slot], parity);
+        const u32 barrier = address(&shared.arrived[warp][slot]);
+        u32 done;
+        do asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}" : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+        while (!done);
         const uint4* source = reinterpret_cast<const uint4*>(shared.ring[warp][slot]) + lane;
 #pragma unroll
         for (int i = 0; i < 4; ++i) weights[i] = source[32 * i];
-        __syncwarp();
-        if (lane == 0) {
-            const u32 barrier = address(&shared.taken[warp][slot]);
-            asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-        }
         if (++slot == SLOTS) slot = 0, parity ^= 1;
+        __syncwarp();
+        ask();
     }
 
     // This lane's part of a row times x.
@@ -280,7 +217,7 @@ __device__ __forceinline__ void add_parts(Shared& shared, const float (&sum)[LAN
         target[0] = make_float4(sum[8 * i], sum[8 * i + 1], sum[8 * i + 2], sum[8 * i + 3]);
         target[1] = make_float4(sum[8 * i + 4], sum[8 * i + 5], sum[8 * i + 6], sum[8 * i + 7]);
     }
-    together();
+    __syncthreads();
     for (int at = 4 * threadIdx.x; at < WIDTH; at += 4 * THREADS) {
         float4 whole = make_float4(0, 0, 0, 0);
         if (with_x) whole = *reinterpret_cast<const float4*>(shared.x + at);
@@ -293,11 +230,10 @@ __device__ __forceinline__ void add_parts(Shared& shared, const float (&sum)[LAN
     }
 }
 
-// STREAM, ATTENDED [2, COPIES, d] and SQUARES [2] are sums, of one layer and of the next in turn: the residual stream
-// after a layer, the output projection before its norm's factor, squares of its input. Each is cleared a layer before
-// it is added to, when all blocks have read it. Blocks add to several copies in turn, which are summed when they are
-// read, since additions to one place are made one after another.
-extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(
+// STREAM, ATTENDED [2, d] and SQUARES [2] are sums, of one layer and of the next in turn: the residual stream after a
+// layer, the output projection before its norm's factor, squares of its input. Each is cleared a layer before it is
+// added to, when all blocks have read it.
+extern "C" __global__ void __launch_bounds__(THREADS, 1) decode_step(
     const long long* token, long long* position, const unsigned short* embedding, unsigned short* logits,
     const u64* table, const float* log_decay, float* stream, float* attended, float* squares, float* queries_keys,
     int* counters, float scale, float eps, int vocabulary) {
@@ -307,12 +243,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(
     const int head = program / BLOCKS_OF_HEAD;
     const int first = program * COLUMNS + warp;  // column of all heads
 
-    for (int i = thread; i < (LAYERS + 1) * FIELDS; i += THREADS + 32) shared.table[i] = table[i];
-    if (lane == 0 && warp < WARPS) {
-        for (int i = 0; i < SLOTS; ++i) {
+    for (int i = thread; i < (LAYERS + 1) * FIELDS; i += THREADS) shared.table[i] = table[i];
+    if (lane == 0) {
+        for (int i = 0; i < SLOTS; ++i)
             asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(&shared.arrived[warp][i])) : "memory");
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(&shared.taken[warp][i])) : "memory");
-        }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     // Counters go on from launch to launch; how many there were, each block notes for itself.
@@ -328,16 +262,10 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(
     __syncthreads();
 
     const int each = (vocabulary + PROGRAMS - 1) / PROGRAMS;
-    if (warp == WARPS) {
-        const int units = share_of_warp(INNER, SHARE, program, lane);
-        const int words = share_of_warp(vocabulary, each, program, lane);
-        Asker asker(shared, lane, program, units, words, each);
-        while (lane < WARPS && asker.more()) asker.ask();
-        return;
-    }
-    const int units = share_of_warp(INNER, SHARE, program, warp);
-    const int words = share_of_warp(vocabulary, each, program, warp);
-    Rows rows(shared);
+    const int units_here = max(0, min(SHARE, INNER - program * SHARE)), words_here = max(0, min(each, vocabulary - program * each));
+    const int units = max(0, (units_here - warp + WARPS - 1) / WARPS), words = max(0, (words_here - warp + WARPS - 1) / WARPS);
+    Rows rows(shared, program, units, words, each);
+    for (int i = 0; i < SLOTS; ++i) rows.ask();
 
     const long long place = *position;
     const unsigned short* embedded = embedding + *token * WIDTH;
@@ -346,7 +274,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(
         shared.x[at] = pair.x * scale;
         shared.x[at + 1] = pair.y * scale;
     }
-    together();
+    __syncthreads();
 
     float x[LANE], sum[LANE];
 #pragma unroll 1
@@ -355,14 +283,14 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(
         const u64* fields = shared.table + layer * FIELDS;
         const float* theta = reinterpret_cast<const float*>(fields[6]);
         const float kept = DECAY ? expf(log_decay[layer * HEADS + head]) : 1.0f;
-        float* state = reinterpret_cast<float*>(fields[5]) + static_cast<long long>(head) * E * E * (theta ? 2 : 1);
-        state += lane * E + first % E;
+        float* state = reinterpret_cast<float*>(fields[5]) + static_cast<long long>(head) * E * E * (theta ? 2 : 1) + lane * E + first % E;
 
         // Queries, keys, values and gates of this warp's columns.
         const float rstd = sqrtf(load_x(shared, x, eps));
-        for (int at = program * THREADS + thread; at < SUM; at += PROGRAMS * THREADS)
-            attended[other * SUM + at] = stream[other * SUM + at] = 0;
-        if (program == 0 && thread == 0) squares[other] = 0;
+        if (program == PROGRAMS - 1) {
+            for (int at = thread; at < WIDTH; at += THREADS) attended[other * WIDTH + at] = stream[other * WIDTH + at] = 0;
+            if (thread == 0) squares[other] = 0;
+        }
         float projected[4][MINE];
 #pragma unroll
         for (int s = 0; s < 4; ++s)
@@ -420,7 +348,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(
             rows.add(o * projected[3][k], sum);
         }
         if (lane == 0) shared.squares[warp] = squares_here;
-        add_parts(shared, sum, attended + now * SUM + program % COPIES * WIDTH, false);
+        add_parts(shared, sum, attended + now * WIDTH, false);
         if (thread == 0) {
             float total = 0;
             for (int w = 0; w < WARPS; ++w) total += shared.squares[w];
@@ -438,40 +366,39 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1) decode_step(
         wait(counters, everyone);
         const float factor = rsqrtf(__ldcg(squares + now) / HE + eps);
         for (int at = 4 * thread; at < WIDTH; at += 4 * THREADS) {
-            const float4 more = load_sum(attended + now * SUM, at);
+            const float4 more = load_others(attended + now * WIDTH + at);
             float4& old = *reinterpret_cast<float4*>(shared.x + at);
             old.x += factor * more.x, old.y += factor * more.y, old.z += factor * more.z, old.w += factor * more.w;
         }
-        together();
+        __syncthreads();
 
         // The gated linear unit.
         const float square = load_x(shared, x, eps);
 #pragma unroll
         for (int i = 0; i < LANE; ++i) sum[i] = 0;
-        float factors[2][UNITS] = {};
+#pragma unroll 1
+        for (int unit = 0; unit < units; ++unit) {
+            float gate = rows.dot(x), up = rows.dot(x);
 #pragma unroll
-        for (int unit = 0; unit < UNITS; ++unit)
-            if (unit < units) {
-                factors[0][unit] = rows.dot(x);
-                factors[1][unit] = rows.dot(x);
+            for (int lanes = 16; lanes > 0; lanes /= 2) {
+                gate += __shfl_xor_sync(0xffffffffu, gate, lanes);
+                up += __shfl_xor_sync(0xffffffffu, up, lanes);
             }
-#pragma unroll
-        for (int unit = 0; unit < UNITS; ++unit)
-            for (int factor = 0; factor < 2; ++factor) factors[factor][unit] = warp_sum(factors[factor][unit]);
-#pragma unroll
-        for (int unit = 0; unit < UNITS; ++unit)
-            if (unit < units) rows.add(square * factors[0][unit] * factors[1][unit], sum);
-        add_parts(shared, sum, stream + other * SUM + program % COPIES * WIDTH, program == 0);
+            rows.add(square * gate * up, sum);
+        }
+        add_parts(shared, sum, stream + other * WIDTH, program == 0);
         arrive(counters);
         everyone += PROGRAMS;
         wait(counters, everyone);
         for (int at = 4 * thread; at < WIDTH; at += 4 * THREADS)
-            *reinterpret_cast<float4*>(shared.x + at) = load_sum(stream + other * SUM, at);
-        together();
+            *reinterpret_cast<float4*>(shared.x + at) = load_others(stream + other * WIDTH + at);
+        __syncthreads();
     }
 
-    for (int at = program * THREADS + thread; at < SUM; at += PROGRAMS * THREADS) attended[at] = 0;
-    if (program == 0 && thread == 0) squares[0] = 0, *position = place + 1;
+    if (program == PROGRAMS - 1) {
+        for (int at = thread; at < WIDTH; at += THREADS) attended[at] = 0;
+        if (thread == 0) squares[0] = 0, *position = place + 1;
+    }
     const float rstd = sqrtf(load_x(shared, x, eps));
 #pragma unroll 1
     for (int word = 0; word < words; ++word) {

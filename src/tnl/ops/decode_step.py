@@ -16,7 +16,6 @@ from torch import Tensor
 
 WIDTHS = (1024, 2048)  # a lane holds a 32nd of a row of float32 twice, in registers
 WARPS = 8
-COPIES = 2  # of sums over blocks
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class DecodeStep:
         addresses = [[0 if field is None else field.data_ptr() for field in fields] for fields in self._fields]
         addresses.append([self.head.data_ptr()] + [0] * (len(addresses[0]) - 1))
         self.table = torch.tensor(addresses, device=self.device)
-        self.stream, self.attended = torch.zeros(2, 2, COPIES, self.width, device=self.device)
+        self.stream, self.attended = torch.zeros(2, 2, self.width, device=self.device)
         self.squares = torch.zeros(2, device=self.device)
         self.queries_keys = torch.zeros(2, self.heads, self.head_dim, device=self.device)
         self.counters = torch.zeros(32 + self.blocks + 32 * self.heads, dtype=torch.int32, device=self.device)

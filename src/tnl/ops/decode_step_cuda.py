@@ -11,8 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from tnl.ops.decode_step import DecodeStep
 
-WARPS, FIELDS, THREADS = 8, 7, 288  # as in decode_step.cu
-SLOT_BYTES = 2048 + 16  # weights and two barriers
+WARPS, PIECE_BYTES, FIELDS = 8, 2048, 7  # as in decode_step.cu
 DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
@@ -42,7 +41,7 @@ def launch(step: "DecodeStep", token: Tensor, position: Tensor, logits: Tensor) 
         # Blocks wait for each other: a cooperative launch holds all of them at once, or is an error.
         _check(
             _driver().cuLaunchCooperativeKernel(
-                kernel.func, step.blocks, 1, 1, THREADS, 1, 1, shared_bytes, stream, addresses
+                kernel.func, step.blocks, 1, 1, 32 * WARPS, 1, 1, shared_bytes, stream, addresses
             )
         )
 
@@ -50,7 +49,7 @@ def launch(step: "DecodeStep", token: Tensor, position: Tensor, logits: Tensor) 
 def _dimensions(step: "DecodeStep") -> tuple[tuple[str, int], ...]:
     properties: Any = torch.cuda.get_device_properties(step.device)
     limit = properties.shared_memory_per_block_optin
-    slots = (limit - _beside_ring(step.width, len(step.layers))) // (WARPS * SLOT_BYTES)
+    slots = (limit - _beside_ring(step.width, len(step.layers))) // (WARPS * (PIECE_BYTES + 8))
     return (
         ("WIDTH", step.width),
         ("HEADS", step.heads),
@@ -58,7 +57,6 @@ def _dimensions(step: "DecodeStep") -> tuple[tuple[str, int], ...]:
         ("INNER", step.inner),
         ("LAYERS", len(step.layers)),
         ("PROGRAMS", step.blocks),
-        ("COPIES", step.stream.shape[1]),
         ("SLOTS", slots),
         ("HALF", int(step.head.dtype == torch.float16)),
         ("DECAY", int(step.log_decay is not None)),
@@ -77,7 +75,7 @@ def _kernel(dimensions: tuple[tuple[str, int], ...], device: int) -> tuple[Any, 
     sizes = dict(dimensions)
     options = [f"-D{name}={size}" for name, size in dimensions]
     compiled = torch.cuda._compile_kernel(source, "decode_step", nvcc_options=options)
-    shared_bytes = sizes["SLOTS"] * WARPS * SLOT_BYTES + _beside_ring(sizes["WIDTH"], sizes["LAYERS"])
+    shared_bytes = sizes["SLOTS"] * WARPS * (PIECE_BYTES + 8) + _beside_ring(sizes["WIDTH"], sizes["LAYERS"])
     _check(_driver().cuFuncSetAttribute(compiled.func, DYNAMIC_SHARED_MEMORY, shared_bytes))
     return compiled, shared_bytes
 

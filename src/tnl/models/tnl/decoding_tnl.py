@@ -23,15 +23,14 @@ PREFILL_TOKENS = 1 << 15  # tokens of a prompt in one forward pass, over all row
 class TnlDecoder:
     """Decodes N rows token by token, in the same time and memory whatever was read before.
 
-    On a GPU a step is one launch of a captured graph. What is captured is for one row of a plain TNL one kernel for the
-    whole step (:mod:`tnl.ops.decode_step`), for few rows five kernels a layer (:mod:`tnl.ops.decode`), otherwise the
-    modules of the model. The first copies some of the weights: changes to them after that are not seen.
+    On a GPU a step is one launch of a captured graph. What is captured is for few rows of a plain TNL five kernels a
+    layer (:mod:`tnl.ops.decode`), otherwise the modules of the model. On request it is one kernel for the whole step of
+    one row (:mod:`tnl.ops.decode_step`), which copies some of the weights: changes to them after that are not seen.
 
     Args:
         model: A TNL with linear attention in all layers, in evaluation mode.
         rows: Rows N decoded side by side.
-        kernels: `"step"`, `"layers"` or `"modules"`, as above; None for the first that serves the model, but on a CPU
-            the modules.
+        kernels: `"step"`, one kernel; `"layers"`, five a layer; `"modules"`; None for the quickest of the last two.
         capture: Whether to capture a CUDA graph; None for yes on a GPU.
 
     Raises:
@@ -176,10 +175,9 @@ def step_layers(model: TnlForCausalLM, states: list[Tensor]) -> list[StepLayer]:
 
 
 def choose_kernels(model: TnlForCausalLM, rows: int) -> str:
-    """The quickest that serve the model: `"step"`, `"layers"` or `"modules"`."""
-    if model.device.type != "cuda" or rows > MOST_FUSED_ROWS:
-        return "modules"
-    return next(kernels for kernels in KERNELS if refusal(model, rows, kernels) is None)
+    """The quickest that were measured: `"layers"` where they serve the model and there are few rows, or `"modules"`."""
+    few = model.device.type == "cuda" and rows <= MOST_FUSED_ROWS
+    return "layers" if few and refusal(model, rows, "layers") is None else "modules"
 
 
 def refusal(model: TnlForCausalLM, rows: int, kernels: str) -> str | None:
