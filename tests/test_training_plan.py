@@ -97,7 +97,7 @@ def test_measured_rates(tmp_path: Path) -> None:
 def test_within_a_tenth_of_what_was_measured() -> None:
     """Memory on one, two and four GPUs, in the results of the scale benchmark."""
     rows = []
-    for name in ("training", "models"):
+    for name in ("training", "models", "context", "mesh"):
         with (RESULTS / "scale" / f"{name}.csv").open(newline="") as file:
             rows += [row for row in csv.DictReader(file) if row["memory_gib"]]
     assert {row["gpus"] for row in rows} == {"1", "2", "4"}
@@ -105,6 +105,7 @@ def test_within_a_tenth_of_what_was_measured() -> None:
         (plan,) = planned(
             row["model"], row["gpus"], "--sequence_length", row["T"], "--micro_batch_size", row["rows"],
             "--activation_checkpointing", row["recompute"].lower(),
+            "--context", row["context"] if row["case"] in ("context", "mesh") else "1",
         )  # fmt: skip
         assert plan["memory"]["total"] / GIB == pytest.approx(float(row["memory_gib"]), rel=0.1), row
 
