@@ -42,7 +42,7 @@ def _implementation(backend: str, decode: bool = False) -> ModuleType:
     """Imported by the first call that uses it, since Triton takes its time."""
     if backend == "torch":
         return lightning_torch
-    return import_module("tnl.ops.lightning_step_triton" if decode else "tnl.ops.lightning_triton")
+    return import_module("tnl.ops.lightning_step_triton" if decode else "tnl.ops.segments_triton")
 
 
 def _is_watched(tensors: tuple[Any, ...]) -> bool:

@@ -18,7 +18,10 @@ decay constant in a head the sum leaves out what will have faded to nothing.
 """
 
 import functools
+import sys
 from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,7 +30,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tnl.ops.launch_triton import Launcher, Tiles, find_launcher
+from tnl.ops.backends import interpreted
+from tnl.ops.launch_triton import KNOWN, Launcher, Tiles, find_launcher
 
 # --- Launch policy ----------------------------------------------------------------------------------------------
 
@@ -39,6 +43,9 @@ def ceil_div(total: int, size: int) -> int:
 
 def _padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
+
+
+TILES: Tiles | None = None  # chosen for each launch
 
 
 @functools.lru_cache
@@ -60,6 +67,28 @@ def choose_tiles(rows: int, columns: int, dtype: torch.dtype, backward: bool, pe
     if per_token:
         return Tiles(64, min(width, 64), 4, 2) if backward else Tiles(32, min(width, 64), 4, 3)
     return Tiles(64, min(width, 64), 4, 4)
+
+
+@functools.lru_cache
+def choose_kernels(
+    D: int, E: int, dtype: torch.dtype, device: torch.device, backward: bool, per_token: bool, split: bool
+) -> ModuleType:
+    """The module whose walk serves: :mod:`tnl.ops.lightning_gluon` on Hopper where it was quicker, elsewhere this one.
+
+    With a cut sequence forward, and backwards with a decay a token or narrow heads, it was not (H200).
+    """
+    widths = {_padded(D), _padded(E)}
+    quicker = widths <= {128} and not per_token if backward else widths <= {64, 128} and not split
+    if (
+        quicker
+        and dtype in (torch.float16, torch.bfloat16)
+        and device.type == "cuda"
+        and torch.cuda.get_device_capability(device) == (9, 0)
+        and not interpreted()
+        and triton.__version__.startswith(KNOWN)
+    ):
+        return import_module("tnl.ops.lightning_gluon")
+    return sys.modules[__name__]
 
 
 MIN_SEGMENT = 256
@@ -559,6 +588,8 @@ class _Plan:
         tiles = choose_tiles(D, E, q.dtype, False, decay == 2, precision == "ieee")
         blocks = ceil_div(E, tiles.columns)
         cut = _cut(q, cu_seqlens, blocks, decay == 1)
+        self.kernels = choose_kernels(D, E, q.dtype, q.device, False, decay == 2, cut.split)
+        tiles = self.kernels.TILES or tiles
         self.programs = cut.items * heads * blocks
         self.out = (*q.shape[:3], E)
         matrix = (E, D) if transposed else (D, E)
@@ -582,7 +613,9 @@ class _Plan:
         """Of ``tokens`` it keeps no more than what describes them to the kernel, by address."""
         launcher = self.launcher
         if launcher is None or not launcher.ready():
-            launcher = self.launcher = find_launcher(_forward_kernel, pointers, self.sizes, self.constants, self.tiles)
+            launcher = self.launcher = find_launcher(
+                self.kernels._forward_kernel, pointers, self.sizes, self.constants, self.tiles
+            )
             launcher(self.programs, [self._describe(i, x) for i, x in enumerate(tokens)], pointers, self.numbers)
             return
         expanded = []
@@ -596,7 +629,7 @@ class _Plan:
         launcher.launch(self.programs, expanded, pointers, self.numbers)
 
     def _describe(self, index: int, x: Tensor) -> TensorDescriptor:
-        return _descriptor(x, self.tiles.tokens, self.widths[index], self.packed)
+        return self.kernels._descriptor(x, self.tiles.tokens, self.widths[index], self.packed)
 
 
 KEPT_ADDRESSES, KEPT_PLANS = 64, 4096
@@ -664,7 +697,8 @@ def backward(
     E, kv_heads = v.shape[-1], k.shape[2]
     log_decay, decay = _decay_form(log_decay)
     precision = _precision(q.dtype)
-    tiles = choose_tiles(max(D, E), max(D, E), q.dtype, True, decay == 2, precision == "ieee")
+    kernels = choose_kernels(D, E, q.dtype, q.device, True, decay == 2, False)
+    tiles = kernels.TILES or choose_tiles(max(D, E), max(D, E), q.dtype, True, decay == 2, precision == "ieee")
     d_blocks, e_blocks = ceil_div(D, tiles.columns), ceil_div(E, tiles.columns)
     blocks = (2 if need_dq else 1) * d_blocks + e_blocks
     cut = _cut(q, cu_seqlens, blocks, decay == 1)
@@ -685,8 +719,8 @@ def backward(
     block_d, block_e, block_c = _padded(D), _padded(E), tiles.columns
     widths = ((q, block_d), (k, block_d), (v, block_e), (do, block_e), (q, block_c), (k, block_c), (do, block_c))
     _launch(
-        _backward_kernel, cut.items * heads * blocks,
-        tuple(_descriptor(x, tiles.tokens, width, cut.packed) for x, width in widths),
+        kernels._backward_kernel, cut.items * heads * blocks,
+        tuple(kernels._descriptor(x, tiles.tokens, width, cut.packed) for x, width in widths),
         (
             dq if need_dq else dk, dk, dv,
             _or(difference, dk), _or(log_decay, dk), _or(initial_state, dk), _or(dfinal_state, dk),

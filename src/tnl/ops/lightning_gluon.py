@@ -1,0 +1,353 @@
+"""Lightning attention's walk in Gluon, for 16-bit inputs on Hopper: products run while the rest is computed.
+
+It is the walk of :mod:`tnl.ops.lightning_triton`, with its arguments, its hand-over between segments and its order of
+programs; the kernels around it are the same functions. Triton waits for each product before it goes on, so on a Hopper
+GPU a block takes twice as long as its products and tiles. Here they are in flight together:
+
+- The state is held transposed, ``S^T [C, K]``. It is the left operand of ``S^T x^T`` straight from registers, so it
+  never goes through shared memory; neither do the values that are added to it.
+- ``S^T x^T`` and ``y x^T`` run while those values are weighted; the state is updated while the output leaves.
+- Two programs fit on a multiprocessor and fill each other's gaps. A tile's memory is asked to be filled again as soon
+  as it was read, which is a whole block before it is needed.
+"""
+
+import functools
+import types
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from tnl.ops import lightning_triton
+from tnl.ops.launch_triton import Tiles
+from tnl.ops.lightning_triton import FADED, RAGGED, RANKED, RUN_TIME
+
+BUFFERS = gl.constexpr(2)  # tiles of a tensor in shared memory
+
+
+@gluon.jit
+def _loss(log_decay):
+    small = log_decay * (1.0 + log_decay * (0.5 + log_decay * (1.0 / 6.0)))
+    return gl.where(log_decay > -0.01, small, gl.exp(log_decay) - 1.0)
+
+
+@gluon.jit
+def _ask(tokens, batch, head, begin, end, at, column, bar, slot, go, PACKED: gl.constexpr):
+    """Have a tile brought to the slot; see _tile."""
+    if PACKED:
+        tma.async_copy_global_to_shared(
+            tokens, [RAGGED, end, head, RAGGED - (end - begin) + at, column], bar, slot, pred=go
+        )
+    else:
+        tma.async_copy_global_to_shared(tokens, [batch, head, begin + at, column], bar, slot, pred=go)
+
+
+@gluon.jit
+def _totals(LOG_DECAY, at, left, stride, BLOCK_T: gl.constexpr, whole: gl.constexpr):
+    rows = gl.arange(0, BLOCK_T, whole)
+    decays = gl.load(LOG_DECAY + (at + rows).to(gl.int64) * stride, (rows < left) & (at + rows >= 0), 0.0)
+    return gl.associative_scan(decays, 0, _plus)
+
+
+@gluon.jit
+def _plus(a, b):
+    return a + b
+
+
+@gluon.jit
+def _walk(
+    X,
+    Y,
+    Z,
+    OUT,
+    DIFFERENCE,
+    AGAINST,
+    LOG_DECAY,
+    INITIAL,
+    FINAL,
+    FLAG,
+    batch,
+    x_head,
+    y_head,
+    out_stride,
+    decay_stride,
+    state_row,
+    state_column,
+    rate,
+    scale,
+    begin,
+    end,
+    index,
+    is_last,
+    segment,
+    lead,
+    K,
+    C,
+    column_block,
+    REVERSE: gl.constexpr,
+    DECAY: gl.constexpr,
+    HAS_INITIAL: gl.constexpr,
+    STORE_FINAL: gl.constexpr,
+    PACKED: gl.constexpr,
+    SPLIT: gl.constexpr,
+    NEED_DIFFERENCE: gl.constexpr,
+    BLOCK_T: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    BLOCK_C: gl.constexpr,
+    PRECISION: gl.constexpr,
+):
+    dtype: gl.constexpr = X.dtype
+    num_warps: gl.constexpr = gl.num_warps()
+    acc_state: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_K, 16])
+    acc_out: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_T, 16])
+    from_state: gl.constexpr = gl.DotOperandLayout(0, acc_out, 2)
+    from_z: gl.constexpr = gl.DotOperandLayout(0, acc_state, 2)
+    of_query: gl.constexpr = gl.SliceLayout(0, acc_out)
+    of_key: gl.constexpr = gl.SliceLayout(1, acc_out)
+    written: gl.constexpr = gl.SliceLayout(0, from_z)
+    whole: gl.constexpr = gl.BlockedLayout([BLOCK_T // 32], [32], [num_warps], [0])
+    stored: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (BLOCK_C // 8), BLOCK_C // 8], [num_warps, 1], [1, 0])
+    wide_tile: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+
+    column = column_block * BLOCK_C
+    columns = column + gl.arange(0, BLOCK_C, gl.SliceLayout(1, acc_state))
+    inner = gl.arange(0, BLOCK_K, gl.SliceLayout(0, acc_state))
+    state_at = inner.to(gl.int64)[None, :] * state_row + columns[:, None] * state_column
+    state_mask = (inner < K)[None, :] & (columns < C)[:, None]
+    state = gl.zeros([BLOCK_C, BLOCK_K], gl.float32, acc_state)
+    if HAS_INITIAL:
+        if index == 0:
+            state = gl.load(INITIAL + state_at, state_mask, 0.0)
+
+    length = end - begin
+    blocks = gl.cdiv(length, BLOCK_T)
+    first = (blocks - 1) * BLOCK_T if REVERSE else 0
+    step = -BLOCK_T if REVERSE else BLOCK_T
+    LOG_DECAY += begin.to(gl.int64) * decay_stride
+    OUT += begin.to(gl.int64) * out_stride
+
+    x_smem = gl.allocate_shared_memory(dtype, [BUFFERS] + X.block_type.shape, X.layout)  # noqa: RUF005
+    y_smem = gl.allocate_shared_memory(dtype, [BUFFERS] + Y.block_type.shape, Y.layout)  # noqa: RUF005
+    z_smem = gl.allocate_shared_memory(dtype, [BUFFERS] + Z.block_type.shape, Z.layout)  # noqa: RUF005
+    if NEED_DIFFERENCE:
+        a_smem = gl.allocate_shared_memory(dtype, [BUFFERS] + AGAINST.block_type.shape, AGAINST.layout)  # noqa: RUF005
+    else:
+        a_smem = z_smem
+    pad = gl.allocate_shared_memory(dtype, [BLOCK_T, BLOCK_C], wide_tile)
+    ready = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(BUFFERS):
+        mbarrier.init(ready.index(i), count=1)
+    fence_async_shared()
+    turn = 0
+
+    if SPLIT:
+        own = gl.zeros([BLOCK_C, BLOCK_K], gl.float32, acc_state)
+        decayed = 0.0
+        leads = (index == 0) & (length <= lead) & (lead < segment)
+        sums = (not is_last) & (not leads)
+        faded = blocks * 0
+        if DECAY == 1:
+            decayed = rate * length
+            faded = gl.maximum((decayed + FADED) / gl.minimum(rate, -1e-9), 0.0).to(gl.int32) // BLOCK_T
+        if sums:
+            for i in gl.static_range(BUFFERS):
+                bar = ready.index(i)
+                go = faded + i < blocks
+                at = first + (faded + i) * step
+                mbarrier.expect(bar, Y.block_type.nbytes + Z.block_type.nbytes, pred=go)
+                _ask(Y, batch, y_head, begin, end, at, 0, bar, y_smem.index(i), go, PACKED)
+                _ask(Z, batch, y_head, begin, end, at, column, bar, z_smem.index(i), go, PACKED)
+            for block in range(faded, blocks):
+                at = first + block * step
+                slot = turn % BUFFERS
+                bar = ready.index(slot)
+                y = y_smem.index(slot).reshape([BLOCK_T, BLOCK_K])
+                z = z_smem.index(slot).reshape([BLOCK_T, BLOCK_C])
+                token = gl.arange(0, BLOCK_T, written)
+                left = length - at
+                if DECAY == 2:
+                    total = _totals(LOG_DECAY, at, left, decay_stride, BLOCK_T, whole)
+                    last = gl.min(total, 0)
+                    total = gl.convert_layout(total, written)
+                    decayed += last
+                    write = gl.exp(total) * scale if REVERSE else gl.exp(last - total)
+                else:
+                    count = gl.minimum(left, BLOCK_T)
+                    last = rate * count
+                    if REVERSE:
+                        write = gl.exp(rate * (token + 1)) * scale
+                    else:
+                        write = gl.exp(rate * gl.maximum(count - 1 - token, 0))
+                mbarrier.wait(bar, (turn // BUFFERS) & 1)
+                zw = (z.permute((1, 0)).load(from_z).to(gl.float32) * write[None, :]).to(dtype)
+                own = warpgroup_mma(zw, y, own + own * _loss(last), is_async=True)
+                own = warpgroup_mma_wait(0, deps=[own])
+                turn += 1
+                go = block + BUFFERS < blocks
+                at += BUFFERS * step
+                mbarrier.expect(bar, Y.block_type.nbytes + Z.block_type.nbytes, pred=go)
+                _ask(Y, batch, y_head, begin, end, at, 0, bar, y_smem.index(slot), go, PACKED)
+                _ask(Z, batch, y_head, begin, end, at, column, bar, z_smem.index(slot), go, PACKED)
+
+    nbytes: gl.constexpr = (
+        X.block_type.nbytes + Y.block_type.nbytes + Z.block_type.nbytes * (2 if NEED_DIFFERENCE else 1)
+    )
+    for i in gl.static_range(BUFFERS):
+        slot = (turn + i) % BUFFERS
+        bar = ready.index(slot)
+        go = i < blocks
+        at = first + i * step
+        mbarrier.expect(bar, nbytes, pred=go)
+        _ask(X, batch, x_head, begin, end, at, 0, bar, x_smem.index(slot), go, PACKED)
+        _ask(Y, batch, y_head, begin, end, at, 0, bar, y_smem.index(slot), go, PACKED)
+        _ask(Z, batch, y_head, begin, end, at, column, bar, z_smem.index(slot), go, PACKED)
+        if NEED_DIFFERENCE:
+            _ask(AGAINST, batch, x_head, begin, end, at, column, bar, a_smem.index(slot), go, PACKED)
+
+    if SPLIT:
+        if index > 0:
+            while gl.atomic_add(FLAG, 0, sem="acquire") < index:
+                pass
+            state = gl.load(FINAL + state_at, state_mask, 0.0, cache_modifier=".cg")
+            gl.thread_barrier()
+        if sums:
+            gl.store(FINAL + state_at, state + (state * _loss(decayed) + own), state_mask)
+            gl.thread_barrier()
+            gl.atomic_xchg(FLAG, index + 1, sem="release")
+
+    query = gl.arange(0, BLOCK_T, of_query)
+    key = gl.arange(0, BLOCK_T, of_key)
+    token = gl.arange(0, BLOCK_T, written)
+    zero = gl.zeros([BLOCK_C, BLOCK_T], gl.float32, acc_out)
+    seen = key[:, None] >= query[None, :] if REVERSE else key[:, None] <= query[None, :]
+    if DECAY == 2:
+        total = _totals(LOG_DECAY, first, length - first, decay_stride, BLOCK_T, whole)
+    else:
+        gap = (key[:, None] - query[None, :] if REVERSE else query[None, :] - key[:, None]).to(gl.float32)
+        mask = scale * gl.exp(gl.where(seen, rate * gap, float("-inf")))
+    for block in range(blocks):
+        at = first + block * step
+        left = length - at
+        slot = turn % BUFFERS
+        bar = ready.index(slot)
+        x = x_smem.index(slot).reshape([BLOCK_T, BLOCK_K]).permute((1, 0))
+        y = y_smem.index(slot).reshape([BLOCK_T, BLOCK_K])
+        z = z_smem.index(slot).reshape([BLOCK_T, BLOCK_C])
+        if DECAY == 2:
+            last = gl.min(total, 0)
+            of_q = gl.convert_layout(total, of_query)
+            of_k = gl.convert_layout(total, of_key)
+            of_w = gl.convert_layout(total, written)
+            read = gl.exp(last - of_q) if REVERSE else gl.exp(of_q) * scale
+            write = gl.exp(of_w) * scale if REVERSE else gl.exp(last - of_w)
+        else:
+            count = gl.minimum(left, BLOCK_T)
+            last = rate * count
+            if REVERSE:
+                read = gl.exp(rate * gl.maximum(count - 1 - query, 0))
+                write = gl.exp(rate * (token + 1)) * scale
+            else:
+                read = gl.exp(rate * (query + 1)) * scale
+                write = gl.exp(rate * gl.maximum(count - 1 - token, 0))
+        small = state
+        shrink = 1.0
+        if dtype == gl.float16:  # a small range
+            largest = gl.max(gl.max(gl.abs(state), 1), 0)
+            shrink = gl.exp2(-gl.maximum(gl.ceil(gl.log2(gl.maximum(largest, 1.0))) - 12.0, 0.0))
+            small = state * shrink
+        mbarrier.wait(bar, (turn // BUFFERS) & 1)
+        inter = warpgroup_mma(gl.convert_layout(small.to(dtype), from_state), x, zero, use_acc=False, is_async=True)
+        scores = warpgroup_mma(y, x, zero, use_acc=False, is_async=True)
+        zw = (z.permute((1, 0)).load(from_z).to(gl.float32) * write[None, :]).to(dtype)
+        if DECAY == 2:
+            gap = of_k[:, None] - of_q[None, :] if REVERSE else of_q[None, :] - of_k[:, None]
+            mask = scale * gl.exp(gl.where(seen, gap, float("-inf")))
+            total = _totals(LOG_DECAY, at + step, left - step, decay_stride, BLOCK_T, whole)
+        inter = warpgroup_mma_wait(1, deps=[inter])
+        out = inter * (read * (1.0 / shrink))[None, :]
+        scores = warpgroup_mma_wait(0, deps=[scores])
+        pad.store((scores * mask).to(dtype))
+        fence_async_shared()
+        out = warpgroup_mma(z.permute((1, 0)), pad, out, is_async=True)
+        state = warpgroup_mma(zw, y, state + state * _loss(last), is_async=True)
+        out = warpgroup_mma_wait(1, deps=[out])
+        pad.permute((1, 0)).store(out.to(dtype))
+        if NEED_DIFFERENCE:
+            against = a_smem.index(slot).reshape([BLOCK_T, BLOCK_C]).permute((1, 0)).load(acc_out)
+            difference = gl.sum(out * against.to(gl.float32), 0)
+            gl.store(DIFFERENCE + (begin + at).to(gl.int64) + query, difference, at + query < length)
+        tile = pad.load(stored)
+        rows = gl.arange(0, BLOCK_T, gl.SliceLayout(1, stored))
+        across = column + gl.arange(0, BLOCK_C, gl.SliceLayout(0, stored))
+        gl.store(
+            OUT + (at + rows).to(gl.int64)[:, None] * out_stride + across[None, :],
+            tile,
+            (rows < left)[:, None] & (across < C)[None, :],
+        )
+        state = warpgroup_mma_wait(0, deps=[state])
+        turn += 1
+        go = block + BUFFERS < blocks
+        at += BUFFERS * step
+        mbarrier.expect(bar, nbytes, pred=go)
+        _ask(X, batch, x_head, begin, end, at, 0, bar, x_smem.index(slot), go, PACKED)
+        _ask(Y, batch, y_head, begin, end, at, 0, bar, y_smem.index(slot), go, PACKED)
+        _ask(Z, batch, y_head, begin, end, at, column, bar, z_smem.index(slot), go, PACKED)
+        if NEED_DIFFERENCE:
+            _ask(AGAINST, batch, x_head, begin, end, at, column, bar, a_smem.index(slot), go, PACKED)
+
+    if SPLIT:
+        if leads & (not is_last):
+            gl.store(FINAL + state_at, state, state_mask)
+            gl.thread_barrier()
+            gl.atomic_xchg(FLAG, index + 1, sem="release")
+    if STORE_FINAL:
+        if is_last:
+            gl.store(FINAL + state_at, state, state_mask)
+
+
+@gluon.jit
+def _longest(CU_SEQLENS, place, sequences):
+    """Number of the sequence that is the ``place``-th longest: if those start first, none is left alone at the end."""
+    pairs: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [gl.num_warps(), 1], [1, 0])
+    n = gl.arange(0, RANKED, gl.SliceLayout(1, pairs))
+    begin = gl.load(CU_SEQLENS + n, n < sequences, 0)
+    length = gl.where(n < sequences, gl.load(CU_SEQLENS + n + 1, n < sequences, 0) - begin, -1).to(gl.int32)
+    other = gl.arange(0, RANKED, gl.SliceLayout(0, pairs))
+    others = gl.convert_layout(length, gl.SliceLayout(0, pairs))
+    longer = (others[None, :] > length[:, None]) | (
+        (others[None, :] == length[:, None]) & (other[None, :] < n[:, None])
+    )
+    return gl.sum(gl.where(gl.sum(longer.to(gl.int32), 1) == place, n, 0), 0)
+
+
+def _around(function: Any, **names: Any) -> Any:
+    """The same function with others under these names."""
+    copy = types.FunctionType(function.__code__, {**function.__globals__, **names}, function.__name__)
+    return functools.update_wrapper(copy, function)  # with its annotations, which say what is constant
+
+
+_locate = gluon.jit(_around(lightning_triton._locate.fn, _longest=_longest))
+_kernel = gluon.jit(do_not_specialize=RUN_TIME)
+_forward_kernel = _kernel(_around(lightning_triton._forward_kernel.fn, _walk=_walk, _locate=_locate))
+_backward_kernel = _kernel(_around(lightning_triton._backward_kernel.fn, _walk=_walk, _locate=_locate))
+TILES = Tiles(64, 64, 4, BUFFERS.value)  # columns as in Triton for these widths, so a sequence is cut alike
+_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+def _descriptor(x: Tensor, tokens: int, width: int, packed: bool) -> TensorDescriptor:
+    """As :func:`tnl.ops.lightning_triton._descriptor`, with a layout of the tile in shared memory."""
+    plain = lightning_triton._descriptor(x, tokens, width, packed)
+    descriptor = TensorDescriptor.__new__(TensorDescriptor)
+    descriptor.__dict__.update(plain.__dict__)
+    descriptor.layout = gl.NVMMASharedLayout.get_default_for(plain.block_shape, _DTYPES[x.dtype])
+    return descriptor

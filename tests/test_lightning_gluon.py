@@ -1,0 +1,127 @@
+"""The walk in Gluon: what it shares with the one in Triton (tier T0), and its results on a Hopper GPU (T3)."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+import torch
+
+from tests.numerics import Case, check
+from tnl.ops import lightning_triton
+
+hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+
+# What a Hopper GPU would compile, compiled without one: registers of a thread are few, so what spills is looked at.
+COMPILE = """
+import json, sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+from tnl.ops import lightning_gluon
+
+kernel, values = json.loads(sys.argv[1])
+kernel = getattr(lightning_gluon, kernel)
+signature, constants = {}, {}
+for index, parameter in enumerate(kernel.params):
+    name = parameter.name
+    if parameter.is_constexpr:
+        signature[name], constants[index,] = "constexpr", values[name]
+    elif name in ("Q", "K", "V", "DO", "Q_PART", "K_PART", "DO_PART"):
+        columns = name.endswith("PART") or (name == "V" and kernel.__name__ == "_forward_kernel")
+        block = [1, 1, 64, values["BLOCK_C" if columns else "BLOCK_D"]]
+        layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
+        signature[name] = f"tensordesc<bf16{block},{layout!r}>"
+    elif name == "scale":
+        signature[name] = "fp32"
+    elif name == "CU_SEQLENS":
+        signature[name] = "*i64"
+    elif name == "FLAGS":
+        signature[name] = "*i32"
+    elif name.isupper() and name not in ("T", "D", "E"):
+        signature[name] = "*bf16" if name in ("OUT", "DQ", "DK", "DV") else "*fp32"
+    else:
+        signature[name] = "i32"
+source = GluonASTSource(kernel, signature, constants)
+compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+print(compiled.metadata.shared, compiled.asm["ptx"].count("wgmma.mma_async"))
+"""
+CONSTANTS = {
+    "TRANSPOSED": False, "HAS_INITIAL": False, "STORE_FINAL": False, "HAS_DFINAL": False, "PACKED": False,
+    "SPLIT": False, "NEED_DQ": True, "PRECISION": "tf32", "BLOCK_T": 64, "BLOCK_D": 128, "BLOCK_E": 128, "BLOCK_C": 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kernel", "decay", "products"), [("_forward_kernel", 1, 24), ("_backward_kernel", 2, 3 * 24)], ids=str
+)
+def test_compiles_without_a_gpu(kernel: str, decay: int, products: int) -> None:
+    values = CONSTANTS | {"DECAY": decay, "NEED_DIFFERENCE": decay == 2}
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE, json.dumps([kernel, values])], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    shared, asked = map(int, run.stdout.split())
+    assert 2 * (shared + 1024) <= 227 * 1024, "two programs have room on a multiprocessor"
+    assert asked == products
+
+
+def test_is_chosen_on_hopper_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    monkeypatch.setattr(lightning_triton, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    def in_gluon(
+        D: int = 128,
+        E: int = 128,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device = gpu,
+        backward: bool = False,
+        per_token: bool = False,
+        split: bool = False,
+    ) -> bool:
+        module = lightning_triton.choose_kernels.__wrapped__(D, E, dtype, device, backward, per_token, split)
+        assert module.__name__ in ("tnl.ops.lightning_gluon", "tnl.ops.lightning_triton")
+        return bool(module.__name__ == "tnl.ops.lightning_gluon")
+
+    assert all((in_gluon(), in_gluon(80, 64, torch.float16), in_gluon(per_token=True), in_gluon(backward=True)))
+    slower = (in_gluon(split=True), in_gluon(64, 64, backward=True), in_gluon(backward=True, per_token=True))
+    assert not any(slower)
+    assert not any((in_gluon(device=cpu), in_gluon(dtype=torch.float32), in_gluon(E=256), in_gluon(D=32)))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert not in_gluon()
+
+
+@pytest.mark.gpu
+@hopper
+@pytest.mark.parametrize("segments", [None, (192, 64), (128, 128)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("decay", ["none", "head", "token"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(T=700, Hq=4, H=2, D=128, E=128),
+        Case(B=1, T=777, Hq=4, H=2, D=112, E=80, bounds=(0, 137, 137, 420, 777)),
+    ],
+    ids=str,
+)
+def test_gpu_walk(
+    case: Case,
+    decay: str,
+    dtype: torch.dtype,
+    segments: tuple[int, int] | None,
+    monkeypatch: pytest.MonkeyPatch,
+    nan_filled_memory: None,
+) -> None:
+    """Whole, cut with a short first segment, and cut into equal ones."""
+    choose, gluon = lightning_triton.choose_kernels, import_module("tnl.ops.lightning_gluon")
+    assert choose(case.D, case.E, dtype, torch.device("cuda", 0), False, False, False) is gluon
+    monkeypatch.setattr(lightning_triton, "choose_kernels", lambda *_: gluon)  # where it is not quicker too
+    monkeypatch.setattr(lightning_triton, "cut_sequence", lambda tokens, *_: segments or (tokens, tokens))
+    monkeypatch.setattr(lightning_triton, "_plans", {})
+    check(Case(**{**vars(case), "decay": decay}), "triton", dtype, "cuda")
