@@ -17,10 +17,10 @@ Summing up reads keys and values once more (where decay makes a token's weight z
 is not lost: where heads are too few to fill a GPU, the part is cut into segments, each is summed up for itself, and all
 are computed at once, each from the state that enters it.
 
-Backwards, the gradient of the queries, a third of the work, needs only states of the forward pass: it is computed while
-the gradients of states travel. Forwards there is nothing of the kind. The part could be computed from an empty state
-meanwhile, but adding what the entering state contributes reads q and rewrites o, which rounds it twice and takes longer
-than the exchange.
+Backwards, the gradient of the queries, a third of the work, needs only states of the forward pass: it is launched
+behind the exchange and does not wait for it. Forwards there is nothing of the kind. The part could be computed from an
+empty state meanwhile, but adding what the entering state contributes reads q and rewrites o, which rounds it twice and
+takes longer than the exchange.
 """
 
 import bisect
@@ -498,7 +498,7 @@ class _ContextParallel(torch.autograd.Function):
             ended = dwhole[part.rows]
         exchange = _send(q, do, log_decay, ended, q, part, options, before=True)
         ahead = options.backend == "triton" and not ctx.need_decay
-        if ahead:  # in the time of the exchange: dq = A>(do, v, k), from the states of the forward pass
+        if ahead:  # without waiting for the exchange: dq = A>(do, v, k), from the states of the forward pass
             dq, _ = registered.attention(
                 do, v, k, log_decay, local, part.bounds, options.scale, False, options.backend, True
             )
