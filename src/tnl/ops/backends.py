@@ -23,7 +23,6 @@ def triton_installed() -> bool:
     return _HAS_TRITON
 
 
-# Looked up here: while torch.compile is tracing, a look-up would break the graph.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
