@@ -117,7 +117,7 @@ def test_tnale_keeps_its_grids_around_the_centre() -> None:
 def test_auto_tries_the_tensors_own_size_where_noise_is_worth_its_parameters() -> None:
     """Of pure noise every entry counts; moves of one rank from a small structure would take far longer."""
     noise = np.random.default_rng(0).standard_normal((3,) * 5)
-    result = tnss.search(noise, tnss.Ring(6), tnss.Lagrangian(200.0), seed=0, budget=tnss.Budget(26))
+    result = tnss.search(noise, tnss.Ring(6), tnss.Lagrangian(200.0), seed=0, budget=tnss.Budget(16))
     assert result.best.parameters >= 240
     assert result.best.objective < 2.0
 

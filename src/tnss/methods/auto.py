@@ -27,6 +27,7 @@ from tnss.structure import Structure
 
 Candidate = tuple[Structure, Point, Evaluation]  # with the fitted structure it is a move from
 
+FAR = 10.0  # times the cost of the entries themselves: from there on, larger structures are tried soon
 PRICES = (8.0, 64.0)  # of parameters, in the descents of the bound that moves begin with
 MATCHES, MATCH_DESCENTS = 8, 60  # structures fitted that match the tensor's ranks, and descents to find them
 
@@ -136,7 +137,8 @@ class Auto:
             before = self.best
             if proposals := self._new([point]):
                 yield proposals
-                failed = failed + 1 if self.best is before else 0
+                hopeless = self._cutoff() > FAR * self._cost_of_entries()
+                failed = failed + 1 if hopeless or self.best is before else 0
 
     def _further_starts(self) -> Generator[list[Proposal], None, None]:
         """Structures to move from, where the bound alone has not led to the end."""
