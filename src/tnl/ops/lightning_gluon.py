@@ -53,6 +53,25 @@ def _ask(tokens, batch, head, begin, end, at, column, bar, slot, go, PACKED: gl.
 
 
 @gluon.jit
+def _fetch(
+    X, Y, Z, AGAINST, x_smem, y_smem, z_smem, a_smem, ready, slot, at, go,
+    batch, x_head, y_head, begin, end, column,
+    WITH_X: gl.constexpr, WITH_AGAINST: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """Have the tiles of the block at ``at`` brought to a slot, if ``go``."""
+    x_bytes: gl.constexpr = X.block_type.nbytes if WITH_X else 0
+    z_bytes: gl.constexpr = Z.block_type.nbytes * (2 if WITH_AGAINST else 1)
+    bar = ready.index(slot)
+    mbarrier.expect(bar, x_bytes + Y.block_type.nbytes + z_bytes, pred=go)
+    if WITH_X:
+        _ask(X, batch, x_head, begin, end, at, 0, bar, x_smem.index(slot), go, PACKED)
+    _ask(Y, batch, y_head, begin, end, at, 0, bar, y_smem.index(slot), go, PACKED)
+    _ask(Z, batch, y_head, begin, end, at, column, bar, z_smem.index(slot), go, PACKED)
+    if WITH_AGAINST:
+        _ask(AGAINST, batch, x_head, begin, end, at, column, bar, a_smem.index(slot), go, PACKED)
+
+
+@gluon.jit
 def _totals(LOG_DECAY, at, left, stride, BLOCK_T: gl.constexpr, whole: gl.constexpr):
     rows = gl.arange(0, BLOCK_T, whole)
     decays = gl.load(LOG_DECAY + (at + rows).to(gl.int64) * stride, (rows < left) & (at + rows >= 0), 0.0)
@@ -161,12 +180,11 @@ def _walk(
             faded = gl.maximum((decayed + FADED) / gl.minimum(rate, -1e-9), 0.0).to(gl.int32) // BLOCK_T
         if sums:
             for i in gl.static_range(BUFFERS):
-                bar = ready.index(i)
-                go = faded + i < blocks
-                at = first + (faded + i) * step
-                mbarrier.expect(bar, Y.block_type.nbytes + Z.block_type.nbytes, pred=go)
-                _ask(Y, batch, y_head, begin, end, at, 0, bar, y_smem.index(i), go, PACKED)
-                _ask(Z, batch, y_head, begin, end, at, column, bar, z_smem.index(i), go, PACKED)
+                _fetch(
+                    X, Y, Z, AGAINST, x_smem, y_smem, z_smem, a_smem, ready,
+                    i, first + (faded + i) * step, faded + i < blocks,
+                    batch, x_head, y_head, begin, end, column, False, False, PACKED,
+                )  # fmt: skip
             for block in range(faded, blocks):
                 at = first + block * step
                 slot = turn % BUFFERS
@@ -193,26 +211,18 @@ def _walk(
                 own = warpgroup_mma(zw, y, own + own * _loss(last), is_async=True)
                 own = warpgroup_mma_wait(0, deps=[own])
                 turn += 1
-                go = block + BUFFERS < blocks
-                at += BUFFERS * step
-                mbarrier.expect(bar, Y.block_type.nbytes + Z.block_type.nbytes, pred=go)
-                _ask(Y, batch, y_head, begin, end, at, 0, bar, y_smem.index(slot), go, PACKED)
-                _ask(Z, batch, y_head, begin, end, at, column, bar, z_smem.index(slot), go, PACKED)
+                _fetch(
+                    X, Y, Z, AGAINST, x_smem, y_smem, z_smem, a_smem, ready,
+                    slot, at + BUFFERS * step, block + BUFFERS < blocks,
+                    batch, x_head, y_head, begin, end, column, False, False, PACKED,
+                )  # fmt: skip
 
-    nbytes: gl.constexpr = (
-        X.block_type.nbytes + Y.block_type.nbytes + Z.block_type.nbytes * (2 if NEED_DIFFERENCE else 1)
-    )
     for i in gl.static_range(BUFFERS):
-        slot = (turn + i) % BUFFERS
-        bar = ready.index(slot)
-        go = i < blocks
-        at = first + i * step
-        mbarrier.expect(bar, nbytes, pred=go)
-        _ask(X, batch, x_head, begin, end, at, 0, bar, x_smem.index(slot), go, PACKED)
-        _ask(Y, batch, y_head, begin, end, at, 0, bar, y_smem.index(slot), go, PACKED)
-        _ask(Z, batch, y_head, begin, end, at, column, bar, z_smem.index(slot), go, PACKED)
-        if NEED_DIFFERENCE:
-            _ask(AGAINST, batch, x_head, begin, end, at, column, bar, a_smem.index(slot), go, PACKED)
+        _fetch(
+            X, Y, Z, AGAINST, x_smem, y_smem, z_smem, a_smem, ready,
+            (turn + i) % BUFFERS, first + i * step, i < blocks,
+            batch, x_head, y_head, begin, end, column, True, NEED_DIFFERENCE, PACKED,
+        )  # fmt: skip
 
     if SPLIT:
         if index > 0:
@@ -296,14 +306,11 @@ def _walk(
         )
         state = warpgroup_mma_wait(0, deps=[state])
         turn += 1
-        go = block + BUFFERS < blocks
-        at += BUFFERS * step
-        mbarrier.expect(bar, nbytes, pred=go)
-        _ask(X, batch, x_head, begin, end, at, 0, bar, x_smem.index(slot), go, PACKED)
-        _ask(Y, batch, y_head, begin, end, at, 0, bar, y_smem.index(slot), go, PACKED)
-        _ask(Z, batch, y_head, begin, end, at, column, bar, z_smem.index(slot), go, PACKED)
-        if NEED_DIFFERENCE:
-            _ask(AGAINST, batch, x_head, begin, end, at, column, bar, a_smem.index(slot), go, PACKED)
+        _fetch(
+            X, Y, Z, AGAINST, x_smem, y_smem, z_smem, a_smem, ready,
+            slot, at + BUFFERS * step, block + BUFFERS < blocks,
+            batch, x_head, y_head, begin, end, column, True, NEED_DIFFERENCE, PACKED,
+        )  # fmt: skip
 
     if SPLIT:
         if leads & (not is_last):
