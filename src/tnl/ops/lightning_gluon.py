@@ -37,13 +37,14 @@ BUFFERS = gl.constexpr(2)  # tiles of a tensor in shared memory
 
 @gluon.jit
 def _loss(log_decay):
+    """``exp(log_decay) - 1``, exact next to 0."""
     small = log_decay * (1.0 + log_decay * (0.5 + log_decay * (1.0 / 6.0)))
     return gl.where(log_decay > -0.01, small, gl.exp(log_decay) - 1.0)
 
 
 @gluon.jit
 def _ask(tokens, batch, head, begin, end, at, column, bar, slot, go, PACKED: gl.constexpr):
-    """Have a tile brought to the slot; see _tile."""
+    """Have a tile brought to the slot; its place as in :func:`tnl.ops.lightning_triton._tile`."""
     if PACKED:
         tma.async_copy_global_to_shared(
             tokens, [RAGGED, end, head, RAGGED - (end - begin) + at, column], bar, slot, pred=go
@@ -73,6 +74,7 @@ def _fetch(
 
 @gluon.jit
 def _totals(LOG_DECAY, at, left, stride, BLOCK_T: gl.constexpr, whole: gl.constexpr):
+    """Running sums of the log decays of the block at ``at``, as in :func:`tnl.ops.lightning_triton._weights`."""
     rows = gl.arange(0, BLOCK_T, whole)
     decays = gl.load(LOG_DECAY + (at + rows).to(gl.int64) * stride, (rows < left) & (at + rows >= 0), 0.0)
     return gl.associative_scan(decays, 0, _plus)
@@ -125,6 +127,7 @@ def _walk(
     BLOCK_C: gl.constexpr,
     PRECISION: gl.constexpr,
 ):
+    """As :func:`tnl.ops.lightning_triton._walk`, with the state, and the output of a block, transposed."""
     dtype: gl.constexpr = X.dtype
     num_warps: gl.constexpr = gl.num_warps()
     acc_state: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_K, 16])
