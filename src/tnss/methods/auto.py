@@ -27,7 +27,7 @@ from tnss.structure import Structure
 
 Candidate = tuple[Structure, Point, Evaluation]  # with the fitted structure it is a move from
 
-FAR = 10.0  # times the cost of the entries themselves: from there on, larger structures are tried soon
+FAR = 50.0  # times the cost of the entries themselves: from there on, larger structures are tried soon
 PRICES = (8.0, 64.0)  # of parameters, in the descents of the bound that moves begin with
 MATCHES, MATCH_DESCENTS = 8, 60  # structures fitted that match the tensor's ranks, and descents to find them
 
