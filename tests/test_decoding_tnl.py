@@ -37,20 +37,19 @@ def decode_all(model: TnlForCausalLM, tokens: Tensor, **options: Any) -> Tensor:
     return torch.stack([logits, *(decoder.step(token).clone() for token in tokens[:, 3:].T)], dim=1)
 
 
-@pytest.mark.parametrize("kernels", ["modules", "layers"])
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("changes", [{}, {"lrpe_layers": "all", "decay_schedule": "none", "tie_word_embeddings": True}])
 def test_steps_have_the_logits_of_the_whole(
-    kernels: str, rows: int, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    fused: bool, rows: int, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if kernels == "layers":
-        monkeypatch.setattr(
-            pytest.importorskip("tnl.ops.decode_triton"), "FEW_PROGRAMS", 1
-        )  # the interpreter runs one after another
+    if fused:
+        kernels = pytest.importorskip("tnl.ops.decode_triton")
+        monkeypatch.setattr(kernels, "FEW_PROGRAMS", 1)  # the interpreter runs one after another
     model, tokens = small_model(DEVICE, **changes), random_tokens(rows, 6, DEVICE)
     with torch.no_grad():
         wanted = model(tokens).logits[:, 2:]
-    torch.testing.assert_close(decode_all(model, tokens, kernels=kernels, capture=False), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(decode_all(model, tokens, fused=fused, capture=False), wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("changes", [{"gate": "sigmoid", "norm_type": "rms"}, {"hidden_act": "relu"}])
@@ -59,8 +58,8 @@ def test_variants_go_through_the_modules(changes: dict[str, Any]) -> None:
     with torch.no_grad():
         wanted = model(tokens).logits[:, 2:]
     torch.testing.assert_close(decode_all(model, tokens), wanted, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="kernels: expected 'modules', not 'layers'"):
-        TnlDecoder(model, 1, kernels="layers")
+    with pytest.raises(ValueError, match="fused: expected False"):
+        TnlDecoder(model, 1, fused=True)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -78,12 +77,6 @@ def test_what_cannot_be_served_is_refused() -> None:
         TnlDecoder(hybrid, 1)
     with pytest.raises(ValueError, match="num_beams"):
         small_model().generate(random_tokens(1, 4), max_new_tokens=3, num_beams=2, custom_generate=decode)
-    with pytest.raises(ValueError, match="kernels: expected one of"):
-        TnlDecoder(small_model(), 1, kernels="fused")
-    with pytest.raises(ValueError, match="kernels: expected 'layers' or 'modules' for 2 rows"):
-        TnlDecoder(small_model(), 2, kernels="step")
-    with pytest.raises(ValueError, match="kernels: expected 'layers' or 'modules'; 'step' does not serve"):
-        TnlDecoder(small_model(), 1, kernels="step")
     if DEVICE == "cpu":
         with pytest.raises(ValueError, match="capture: expected False on cpu"):
             TnlDecoder(small_model(), 1, capture=True)
@@ -162,28 +155,20 @@ def test_streamer_and_stopping_criteria() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("kernels", "rows"), [("modules", 1), ("modules", 4), ("layers", 1), ("layers", 4), ("step", 1)]
-)
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_captured_graph(kernels: str, rows: int, dtype: torch.dtype) -> None:
-    """A replay is bitwise the same step without a graph, but where programs add up in any order; against float32 the
-    fused kernels are as good as the modules."""
-    if kernels == "step" and (dtype == torch.float32 or torch.cuda.get_device_capability()[0] < 9):
-        pytest.skip("the kernel serves 16 bits on GPUs of compute capability 9.0")
-    changes = {"hidden_size": 1024, "num_attention_heads": 8, "intermediate_size": 1408, "initializer_range": 0.03}
+def test_captured_graph(fused: bool, rows: int, dtype: torch.dtype) -> None:
+    """A replay is bitwise the same step without a graph; against float32 the fused step is as good as the modules."""
+    changes = {"hidden_size": 512, "num_attention_heads": 4, "intermediate_size": 1408, "initializer_range": 0.05}
     exact, model = (small_model("cuda", **changes).to(kind) for kind in (torch.float32, dtype))
     tokens = random_tokens(rows, 40, "cuda")
-    captured = decode_all(model, tokens, kernels=kernels, capture=True)
-    plain = decode_all(model, tokens, kernels=kernels, capture=False)
+    captured = decode_all(model, tokens, fused=fused, capture=True)
+    assert torch.equal(captured, decode_all(model, tokens, fused=fused, capture=False))
     with torch.no_grad():
         wanted = exact(tokens).logits[:, 2:]
-    modules = decode_all(model, tokens, kernels="modules", capture=False)
+    modules = decode_all(model, tokens, fused=False, capture=False)
     floor = 1e-5 * wanted.norm()
-    if kernels == "step":
-        assert (captured - plain).float().norm() <= (modules.float() - wanted).norm() + floor
-    else:
-        assert torch.equal(captured, plain)
     assert (captured.float() - wanted).norm() <= 2 * (modules.float() - wanted).norm() + floor
 
 

@@ -2,7 +2,7 @@
 
 A decode step is set beside the time in which the device reads the weights of all matrices once. TNL decodes as
 `tnl generate` does, few rows with five `fused` kernels a layer and many with the model's modules `captured` in a CUDA
-graph; a `step` is one kernel, `fused in turn` starts each kernel after the one before it, `modules` captures nothing.
+graph; `fused in turn` starts each kernel after the one before it, `modules` captures nothing.
 LLaMA decodes over keys and values of exactly the prompt's length, with the quickest of PyTorch's attention
 implementations, captured in a CUDA graph as well.
 """
@@ -60,8 +60,6 @@ def full_cases() -> Iterator[Case]:
         yield Case("decode", "llama", "385m", "captured", tokens=tokens)
     for tokens in (512, 32 * K):
         yield Case("prefill", "llama", "385m", "modules", tokens=tokens)
-    for size in ("385m", "1b"):
-        yield Case("decode", "tnl", size, "step")
     for batch in (16, 256):
         yield Case("decode", "llama", "385m", "captured", batch)
     for size in ("385m", "1b"):
@@ -190,12 +188,11 @@ def decode_tnl(model: Any, case: Case) -> Row:
     cache = TnlCache(model.config)
     _, position = prefill(model, tokens, torch.ones_like(tokens), cache)
     if case.implementation == "modules":
-        decoder = TnlDecoder(model, case.batch, kernels="modules", capture=False)
+        decoder = TnlDecoder(model, case.batch, fused=False, capture=False)
     else:
         in_turn = mock.patch.object(decode_triton, "_dependent_launch", return_value=False)
         with in_turn if case.implementation == "fused in turn" else nullcontext():
-            kernels = {"step": "step", "captured": "modules"}.get(case.implementation, "layers")
-            decoder = TnlDecoder(model, case.batch, kernels=kernels)
+            decoder = TnlDecoder(model, case.batch, fused=case.implementation.startswith("fused"))
     decoder.load(cache, position)
     following = tokens[:, -1]
     logits = decoder.step(following).float()

@@ -13,9 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from tnl.models.tnl.cache_tnl import TnlCache
 from tnl.models.tnl.modeling_tnl import TnlAttention, TnlForCausalLM
 from tnl.ops.decode import decode_attention, decode_linear
-from tnl.ops.decode_step import DecodeStep, StepLayer, why_not
 
-KERNELS = ("step", "layers", "modules")
 MOST_FUSED_ROWS = 4  # beyond, matrix products are quicker than rows one after another
 PREFILL_TOKENS = 1 << 15  # tokens of a prompt in one forward pass, over all rows
 
@@ -23,14 +21,13 @@ PREFILL_TOKENS = 1 << 15  # tokens of a prompt in one forward pass, over all row
 class TnlDecoder:
     """Decodes N rows token by token, in the same time and memory whatever was read before.
 
-    On a GPU a step is one launch of a captured graph. What is captured is for few rows of a plain TNL five kernels a
-    layer (:mod:`tnl.ops.decode`), otherwise the modules of the model. On request it is one kernel for the whole step of
-    one row (:mod:`tnl.ops.decode_step`), which copies some of the weights: changes to them after that are not seen.
+    On a GPU a step is one launch of a captured graph. For few rows of a plain TNL it consists of five fused kernels a
+    layer (:mod:`tnl.ops.decode`); otherwise the modules of the model are what is captured.
 
     Args:
         model: A TNL with linear attention in all layers, in evaluation mode.
         rows: Rows N decoded side by side.
-        kernels: `"step"`, one kernel; `"layers"`, five a layer; `"modules"`; None for the quickest of the last two.
+        fused: Whether to use the fused kernels; None for yes where they serve the model and there are few rows.
         capture: Whether to capture a CUDA graph; None for yes on a GPU.
 
     Raises:
@@ -38,19 +35,19 @@ class TnlDecoder:
     """
 
     def __init__(
-        self, model: TnlForCausalLM, rows: int, *, kernels: str | None = None, capture: bool | None = None
+        self, model: TnlForCausalLM, rows: int, *, fused: bool | None = None, capture: bool | None = None
     ) -> None:
         config, device = model.config, model.device
         if not all(config.is_linear(layer) for layer in range(config.num_hidden_layers)):
             raise ValueError("model: expected linear attention in all layers, keys and values of others grow")
         if capture and device.type != "cuda":
             raise ValueError(f"capture: expected False on {device.type}, a CUDA graph needs a GPU")
-        self.model = model
-        self.kernels = choose_kernels(model, rows) if kernels is None else kernels
-        problem = refusal(model, rows, self.kernels)
-        if problem:
-            raise ValueError(problem)
+        servable = serves_fused(model)
+        if fused and not servable:
+            raise ValueError("fused: expected False for this model, the fused kernels serve TNL without variants")
         on_gpu = device.type == "cuda"
+        self.model = model
+        self.fused = (servable and on_gpu and rows <= MOST_FUSED_ROWS) if fused is None else fused
         wide = torch.promote_types(model.dtype, torch.float32)
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         self.position = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -61,15 +58,6 @@ class TnlDecoder:
         self._decays = model.model.log_decay(device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self.logits: Tensor = torch.zeros(rows, config.vocab_size, dtype=model.dtype, device=device)
-        self._whole: DecodeStep | None = None
-        if self.kernels == "step":
-            self._whole = DecodeStep(
-                model.model.embed_tokens.weight,
-                step_layers(model, self.states),
-                model.lm_head.weight,
-                embedding_scale=model.model.embedding_scale,
-                norm_eps=config.norm_eps,
-            )
         if on_gpu if capture is None else capture:
             self._capture()
 
@@ -103,11 +91,8 @@ class TnlDecoder:
         return self.logits
 
     def _step(self) -> None:
-        if self._whole is not None:
-            self._whole(self.tokens, self.position, self.logits)
-            return
         hidden_states = self.model.model.embed_tokens(self.tokens) * self.model.model.embedding_scale
-        if self.kernels == "layers":
+        if self.fused:
             self._fused_layers(hidden_states)
         else:
             self.logits.copy_(self._layers(hidden_states))
@@ -154,48 +139,6 @@ class TnlDecoder:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._step()
-
-
-def step_layers(model: TnlForCausalLM, states: list[Tensor]) -> list[StepLayer]:
-    """Weights and states `[1, H, D, E]` of a model's layers for a :class:`tnl.ops.decode_step.DecodeStep`."""
-    layers: Any = model.model.layers
-    return [
-        StepLayer(
-            qkvu=layer.attention.qkvu_proj.weight,
-            out=layer.attention.o_proj.weight,
-            gate=layer.mlp.gate_proj.weight,
-            up=layer.mlp.up_proj.weight,
-            down=layer.mlp.down_proj.weight,
-            state=state,
-            log_decay=decay,
-            theta=None if layer.attention.lrpe is None else layer.attention.lrpe.theta.float().contiguous(),
-        )
-        for layer, state, decay in zip(layers, states, model.model.log_decay(states[0].device), strict=True)
-    ]
-
-
-def choose_kernels(model: TnlForCausalLM, rows: int) -> str:
-    """The quickest that were measured: `"layers"` where they serve the model and there are few rows, or `"modules"`."""
-    few = model.device.type == "cuda" and rows <= MOST_FUSED_ROWS
-    return "layers" if few and refusal(model, rows, "layers") is None else "modules"
-
-
-def refusal(model: TnlForCausalLM, rows: int, kernels: str) -> str | None:
-    """Why these kernels do not serve the model, None where they do."""
-    if kernels not in KERNELS:
-        return f"kernels: expected one of {KERNELS}, got {kernels!r}"
-    if kernels == "modules":
-        return None
-    if not serves_fused(model):
-        return f"kernels: expected 'modules', not {kernels!r}, for a model that is not TNL without variants"
-    if kernels == "layers":
-        return None
-    if rows != 1:
-        return f"kernels: expected 'layers' or 'modules' for {rows} rows, 'step' serves one"
-    config = model.config
-    heads, _, head_dim = config.state_shape(0)
-    problem = why_not(model.device, model.dtype, config.hidden_size, heads, head_dim)
-    return None if problem is None else f"kernels: expected 'layers' or 'modules'; 'step' does not serve: {problem}"
 
 
 def serves_fused(model: TnlForCausalLM) -> bool:
