@@ -74,6 +74,10 @@ def losses(output: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
+def gradient_norms(output: Path) -> list[float]:
+    return [json.loads(line)["gradient_norm"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
 def weights(output: Path) -> dict[str, torch.Tensor]:
     return load_file(output / "model" / "model.safetensors")
 
@@ -147,8 +151,8 @@ def test_a_run_leaves_model_metrics_plot_and_checkpoints(finished: Path) -> None
 
 @pytest.mark.parametrize("model", ["tiny", "llama"])
 def test_micro_batches_do_not_change_what_is_computed(tmp_path: Path, corpus: str, model: str) -> None:
-    # With its usual epsilon AdamW turns the rounding of a gradient next to zero into a step.
-    optimizer = OptimizerSettings(learning_rate=3e-3, warmup_steps=2, epsilon=1e-6)
+    # With a small epsilon AdamW turns the rounding of a gradient next to zero into a step.
+    optimizer = OptimizerSettings(learning_rate=3e-3, warmup_steps=2, epsilon=1e-3)
     for name, size in (("whole", 0), ("parts", 1)):
         settings = settings_for(tmp_path / name, corpus, model, micro_batch_size=size, steps=4, optimizer=optimizer)
         loop.train(settings)
@@ -156,6 +160,8 @@ def test_micro_batches_do_not_change_what_is_computed(tmp_path: Path, corpus: st
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name], rtol=0, atol=1e-6)
     torch.testing.assert_close(losses(tmp_path / "parts"), losses(tmp_path / "whole"), rtol=0, atol=1e-6)
+    norms = (gradient_norms(tmp_path / name) for name in ("parts", "whole"))
+    torch.testing.assert_close(*norms, rtol=1e-5, atol=0)  # AdamW and clipping hide a factor
 
 
 @pytest.mark.parametrize("step", [1, 3, 5, 7])

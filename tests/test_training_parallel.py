@@ -37,11 +37,9 @@ CONFIG: dict[str, Any] = {
         },
     },
     "data": {"held_out_fraction": 0.2},
-    # Sums in another order change gradients here by 1e-10 to 1e-7. AdamW's first steps divide by the gradient itself:
-    # with its usual epsilon of 1e-8 a gradient that happens to be 1e-8 (of 30,000, the odd one) turns 1e-10 into 1e-6
-    # of a parameter. That this is all there is was seen with seven seeds: AdamW in float64, given the gradients of one
-    # process and those of four, ends as far apart as the two runs did. The gradients are compared below.
-    "optimizer": {"learning_rate": 3e-4, "warmup_steps": 2, "epsilon": 1e-6},
+    # Sums in another order change gradients here by 1e-10 to 1e-7; with a small epsilon AdamW turns that rounding of a
+    # gradient next to zero into a step.
+    "optimizer": {"learning_rate": 3e-4, "warmup_steps": 2, "epsilon": 1e-3},
     "sequence_length": 32,
     "batch_size": 8,
     "micro_batch_size": 2,
@@ -79,12 +77,14 @@ def run(processes: int, config: Path, output: Path, *options: str) -> str:
     return errors
 
 
-def losses(output: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+def values(output: Path, name: str) -> list[float]:
+    return [json.loads(line)[name] for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
 def assert_close(output: Path, expected: Path) -> None:
-    assert losses(output) == pytest.approx(losses(expected), rel=0, abs=1e-6)
+    assert values(output, "loss") == pytest.approx(values(expected, "loss"), rel=0, abs=1e-6)
+    # AdamW and clipping hide a factor of all gradients.
+    assert values(output, "gradient_norm") == pytest.approx(values(expected, "gradient_norm"), rel=1e-5)
     ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (output, expected))
     assert ours.keys() == theirs.keys()
     for name in ours:
@@ -136,7 +136,7 @@ def test_killed_process_restarts_and_resumes_by_itself(config: Path, two: Path, 
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert "resumed from" in errors
-    assert losses(tmp_path) == losses(two)  # bitwise
+    assert values(tmp_path, "loss") == values(two, "loss")  # bitwise
 
 
 def train_here(config: Path, output: Path, *options: str) -> None:

@@ -224,7 +224,7 @@ def take_step(run: Run, step: int, batches: list[Batch], stop: threading.Event) 
     tokens, stops, failures = counts.tolist()
     if failures:
         run.checkpoints.finish()  # raises, in all processes at the same step
-    loss = torch.zeros((), device=ranks.device)
+    loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
     for number, batch in enumerate(batches, start=1):
         parallel.exchange_gradients(run.model, number == len(batches))
         part = mean_loss(run, batch, tokens)
