@@ -25,6 +25,7 @@ from benchmarks.language_modelling import (
     worker,
 )
 from benchmarks.language_modelling.models import SIZES, configuration, count_parameters, overrides_of
+from tnl.training.model import save_model
 from tnl.training.tokenizer import byte_tokenizer, train_bpe
 
 HAS_FLA = importlib.util.find_spec("fla") is not None and importlib.util.find_spec("fla.models") is not None
@@ -172,9 +173,9 @@ def test_recall_is_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_passages_to_tune_on_and_to_test_with_are_apart() -> None:
     books = {title: b" ".join(b"%s%05d" % (title.encode(), i) for i in range(4000)) for title in ("a", "b")}
-    tune, test = instructions.make_examples(books, passages=20)
+    tune, test = instructions.make_examples(books, passages=20, tests=5)
     assert len(tune) == 40
-    assert len(test) == 2 * instructions.TESTS
+    assert len(test) == 10
     for examples, begin, end in ((tune, 0, 3601), (test, 3599, 4000)):
         for each in examples:
             assert len(each["input"]) == instructions.PASSAGE
@@ -192,6 +193,37 @@ def test_titles_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(model, "generate", generate)
     assert instructions.named(model, tokenizer, examples) == pytest.approx(2 / 3)
+
+
+def test_bits_of_a_title_are_those_of_its_tokens() -> None:
+    examples = [{"instruction": "?", "input": text, "output": title} for text, title in (("ab", "one"), ("cd", "fo"))]
+    model, tokenizer = small_model("tnl"), byte_tokenizer()
+    nats = 0.0
+    for each in examples:
+        row = [256, *f"?\nHuman:\n{each['input']}\nAssistant:\n{each['output']}".encode(), 256]
+        nats += nats_of(model, torch.tensor(row))[-len(each["output"]) - 1 :].sum()
+    found = instructions.title_bits(model, tokenizer, examples)
+    assert found == pytest.approx(nats / math.log(2) / 2, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_tuning_from_books_to_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    books = [("train", f"book-{i}.txt", b"%d " % i * 2000) for i in range(3)]
+    monkeypatch.setattr(instructions, "novels", lambda _: iter(books))
+    save_model(small_model("tnl"), byte_tokenizer(), tmp_path / "model")
+    parser = argparse.ArgumentParser()
+    instructions.add_arguments(parser)
+    folders = ["--work", str(tmp_path / "w"), "--output", str(tmp_path / "o")]
+    sizes = ["--books", "2", "--passages", "4", "--tests", "2", "--epochs", "1"]
+    options = parser.parse_args([str(tmp_path / "model"), *sizes, *folders])
+    instructions.run(options)
+    rows = runs.read_rows(tmp_path / "o" / "instructions.csv")
+    assert [row["way"] for row in rows] == list(instructions.WAYS)
+    for row in rows:
+        assert (row["books"], row["examples"], row["tests"]) == ("2", "8", "4")
+        assert float(row["title_bits"]) < float(row["title_bits_before"])
+    instructions.run(options)  # nothing is left to do
+    assert runs.read_rows(tmp_path / "o" / "instructions.csv") == rows
 
 
 def test_tables_keep_runs_made_elsewhere(tmp_path: Path) -> None:

@@ -48,11 +48,13 @@ def publish(name: str, rows: list[Row], columns: dict[str, str]) -> None:
 def _show(field: str, value: Any) -> str:
     if value in ("", None):
         return ""
-    if field in ("parameters", "tokens_per_second"):
+    if field in ("parameters", "tokens_per_second", "seconds"):
         return f"{float(value):,.0f}"
     if field.endswith("difference"):
         return f"{float(value):+.3f}"
-    is_score = field.startswith(("validation", "test", "train", "paper", "accuracy"))
+    if field.startswith("title_bits"):
+        return f"{float(value):.1f}"
+    is_score = field.startswith(("validation", "test", "train", "paper", "named"))
     return f"{float(value):.3f}" if is_score else str(value)
 
 
@@ -218,3 +220,13 @@ def plot_recall(output: Path) -> None:
     panels[0].set_ylabel("values named")
     panels[0].legend(fontsize=7)
     figure.savefig(DOCS / "quality-recall.png", dpi=110)
+
+
+def show_instructions(output: Path) -> None:
+    """The table of fine-tuning, before and after."""
+    heads = {
+        "parameters": "parameters", "books": "books", "way": "trained", "learning_rate": "learning rate",
+        "named_before": "named before", "named": "named after", "title_bits_before": "bits of a title before",
+        "title_bits": "bits after", "seconds": "seconds",
+    }  # fmt: skip
+    publish("instructions", read_rows(output / "instructions.csv"), heads)
