@@ -6,10 +6,12 @@ Rows are written to the output folder as they are known; cases whose rows are in
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -79,43 +81,57 @@ def run(options: argparse.Namespace, scale: Scale) -> None:
         try:
             process.wait(max(1.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            process.kill()
             print("speed: out of time", flush=True)
+        finally:
+            stop(process)
     write_table(options)
 
 
 def work_through(options: argparse.Namespace, gpus: list[str], until: float) -> None:
-    """Run the tasks of all cases, each as soon as a slot is free for it.
+    """Run the tasks of all cases in their order, each as soon as a slot is free for it.
 
-    Fits wait for many small results, which takes long beside training on the same GPU: of several GPUs the second
-    half is for healing alone, the first heals when there is nothing more to compress.
+    Fits wait for many small results, which takes long beside training on the same GPU. Of several GPUs the first half
+    compresses, and heals when there is nothing more to compress; on the others one slot is kept for healing, and the
+    rest compress while no case is ready to be healed.
     """
     waiting = [task for case in CASES if is_wanted(case, options) for task in tasks_of(case, options.work)]
     slots = [(gpu, slot) for slot in range(options.slots) for gpu in gpus]
     healing = set(gpus[(len(gpus) + 1) // 2 :])
     running: dict[tuple[str, int], tuple[subprocess.Popen[bytes], Task]] = {}
-    while (waiting or running) and time.monotonic() < until:
-        for slot in slots:
-            if slot in running and running[slot][0].poll() is not None:
-                process, task = running.pop(slot)
-                print(f"{task.action} {task.case.name}: exit code {process.returncode}", flush=True)
-            if slot not in running:
-                compressing = any(task.action == "compress" for task in waiting)
-                wanted = ["heal"] if slot[0] in healing else ["compress"] if healing and compressing else list(ACTIONS)
-                ready = (task for task in waiting if task.action in wanted and task.is_ready(options.work))
-                following = next(ready, None)
-                if following is not None:
-                    waiting.remove(following)
-                    running[slot] = start(following, options, slot[0]), following
-        write_table(options)
-        if not running:  # what is left waits for cases that failed
-            break
-        time.sleep(POLL_SECONDS)
-    for process, task in running.values():
-        process.kill()
-        process.wait()
-        print(f"{task.action} {task.case.name}: out of time", flush=True)
+    try:
+        while (waiting or running) and time.monotonic() < until:
+            for slot in slots:
+                if slot in running and running[slot][0].poll() is not None:
+                    process, task = running.pop(slot)
+                    print(f"{task.action} {task.case.name}: exit code {process.returncode}", flush=True)
+                if slot not in running:
+                    ready = [task for task in waiting if task.is_ready(options.work)]
+                    following = next_task(ready, slot, healing)
+                    if following is not None:
+                        waiting.remove(following)
+                        running[slot] = start(following, options, slot[0]), following
+            write_table(options)
+            if not running:  # what is left waits for cases that failed
+                break
+            time.sleep(POLL_SECONDS)
+    finally:
+        for process, task in running.values():
+            stop(process)
+            print(f"{task.action} {task.case.name}: out of time", flush=True)
     write_table(options)
+
+
+def next_task(ready: list["Task"], slot: tuple[str, int], healing: set[str]) -> "Task | None":
+    """The task for a slot `(gpu, number)`; see :func:`work_through`."""
+    gpu, number = slot
+    order = list(ready)
+    if gpu in healing:
+        order.sort(key=lambda task: task.action == "compress")
+        if number == 0:
+            order = [task for task in order if task.action == "heal"]
+    elif healing:
+        order.sort(key=lambda task: task.action == "heal")
+    return next(iter(order), None)
 
 
 @dataclass(frozen=True)
@@ -133,7 +149,8 @@ class Task:
 def tasks_of(case: Case, work: Path) -> list[Task]:
     """What is left to do for a case."""
     rows = (work / "rows" / f"{case.name}.{number}.json" for number in range(len(ACTIONS)))
-    return [Task(action, case) for action, row in zip(ACTIONS, rows, strict=True) if not row.exists()]
+    missing = [action for action, row in zip(ACTIONS, rows, strict=True) if not row.exists()]
+    return [Task(action, case) for action in missing if case.healed or action == "compress"]
 
 
 def train(work: Path, scale: Scale, gpu: str) -> None:
@@ -171,11 +188,20 @@ def start(task: Task, options: argparse.Namespace, gpu: str) -> "subprocess.Pope
 
 
 def launch(arguments: list[str], log: Path, gpu: str) -> "subprocess.Popen[bytes]":
-    """This benchmark with other arguments, its output in a file."""
+    """This benchmark with other arguments, its output in a file, in a process group of its own."""
     log.parent.mkdir(exist_ok=True)
     call = [sys.executable, "-m", "benchmarks.compression", *arguments]
     with log.open("wb") as file:
-        return subprocess.Popen(call, stdout=file, stderr=subprocess.STDOUT, env=environment(gpu))
+        return subprocess.Popen(
+            call, stdout=file, stderr=subprocess.STDOUT, env=environment(gpu), start_new_session=True
+        )
+
+
+def stop(process: "subprocess.Popen[bytes]") -> None:
+    """End a process with all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def place_of(work: Path) -> "Place":

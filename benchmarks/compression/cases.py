@@ -6,20 +6,20 @@ from typing import Any
 Settings = dict[str, Any]
 
 SEARCH = "TnALE search"
-METHODS: dict[str, Settings] = {
+METHODS: dict[str, Settings] = {  # in the order in which they are wanted
     SEARCH: {"method": "search"},
-    "SVD, same tools": {"method": "svd"},
-    "SVD": {"method": "svd", "weighting": "none", "allocation": "uniform", "pinned": False},
-    "SVD, activations": {"method": "svd", "weighting": "activations", "allocation": "uniform", "pinned": False},
     "tensor ring": {"method": "ring", "pinned": False},
     "tensor train": {"method": "train", "pinned": False},
+    "SVD, same tools": {"method": "svd"},
+    "SVD, activations": {"method": "svd", "weighting": "activations", "allocation": "uniform", "pinned": False},
+    "SVD": {"method": "svd", "weighting": "none", "allocation": "uniform", "pinned": False},
 }
 # What each part of the first method brings: the same without it.
 ABLATIONS: dict[str, Settings] = {
-    "search, activations": {"method": "search", "weighting": "activations"},
-    "search, plain weights": {"method": "search", "weighting": "none"},
     "search, uniform": {"method": "search", "allocation": "uniform"},
     "search, unpinned": {"method": "search", "pinned": False},
+    "search, activations": {"method": "search", "weighting": "activations"},
+    "search, plain weights": {"method": "search", "weighting": "none"},
     "search, one each": {"method": "search", "share": False},
 }
 ORIGINAL = "original"
@@ -28,7 +28,7 @@ BUDGETS = (0.5, 0.25, 0.75)
 
 @dataclass(frozen=True)
 class Case:
-    """One row before healing and one after.
+    """One row before healing and, but for ablations, one after.
 
     Attributes:
         method: Of METHODS or ABLATIONS, or ORIGINAL.
@@ -47,6 +47,11 @@ class Case:
     def settings(self) -> Settings:
         """Fields of `CompressSettings`."""
         return (METHODS | ABLATIONS)[self.method] | {"budget": self.budget}
+
+    @property
+    def healed(self) -> bool:
+        """Whether it is healed."""
+        return self.method not in ABLATIONS
 
 
 CASES = [
@@ -67,6 +72,7 @@ class Scale:
         steps: Steps of training; healing takes 5 % of them.
         learning_rate: Of training.
         precision: Of training.
+        healing_rates: Learning rates of healing over that of training; the better run counts.
         measured_rows: Rows of held-out text of `sequence_length` tokens.
         compression: Fields of `CompressSettings`.
     """
@@ -77,6 +83,7 @@ class Scale:
     steps: int
     learning_rate: float
     precision: str
+    healing_rates: tuple[float, ...]
     measured_rows: int
     compression: Settings = field(default_factory=dict)
 
@@ -95,6 +102,7 @@ GPU = Scale(
     steps=1500,
     learning_rate=2e-3,
     precision="bfloat16",
+    healing_rates=(0.1, 0.3),
     measured_rows=256,
     compression={
         "calibration_tokens": 1 << 17,
@@ -113,6 +121,7 @@ CPU = Scale(
     steps=1500,
     learning_rate=4e-3,
     precision="float32",
+    healing_rates=(0.1,),
     measured_rows=64,
     compression={
         "calibration_tokens": 1 << 15,
@@ -120,8 +129,6 @@ CPU = Scale(
         "orders": [3],
         "evaluations": 6,
         "iterations": 160,
-        "executor": "joblib",
-        "workers": 3,
     },
 )
 TINY = Scale(
@@ -131,9 +138,9 @@ TINY = Scale(
     steps=40,
     learning_rate=4e-3,
     precision="float32",
+    healing_rates=(0.1,),
     measured_rows=4,
     compression={"calibration_tokens": 512, "sequence_length": 64, "orders": [3], "evaluations": 2},
 )
 SCALES = {"gpu": GPU, "cpu": CPU, "tiny": TINY}
 HEALING_SHARE = 0.05
-HEALING_LEARNING_RATES = (0.1, 0.3)  # of that of training; the better run counts, for every method

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import REPOSITORY
-from benchmarks.compression.cases import HEALING_LEARNING_RATES, METHODS, ORIGINAL
+from benchmarks.compression.cases import METHODS, ORIGINAL, SCALES
 
 Row = dict[str, str]
 DOCS = REPOSITORY / "docs"
@@ -14,7 +14,7 @@ HEADER = (
     "compiled", "decoded/s", "seconds",
 )  # fmt: skip
 SPEEDS = ("tokens_per_second", "compiled_tokens_per_second", "decoded_tokens_per_second")
-COLOURS = dict(zip(METHODS, ("tab:red", "tab:purple", "tab:blue", "tab:cyan", "tab:green", "tab:olive"), strict=True))
+COLOURS = dict(zip(METHODS, ("tab:red", "tab:green", "tab:olive", "tab:purple", "tab:cyan", "tab:blue"), strict=True))
 
 
 def draw(folder: Path) -> None:
@@ -29,7 +29,7 @@ def draw(folder: Path) -> None:
         raise SystemExit(f"no gpu.csv or cpu.csv in {folder}: run the benchmark first")
     tables = {scale: read_rows(path) for scale, path in measured.items()}
     for scale, rows in tables.items():
-        write_between(page, f"results-{scale}", results_table(rows))
+        write_between(page, f"results-{scale}", results_table(rows, SCALES[scale].healing_rates))
         found = folder / f"structures-{scale}.csv"
         if found.exists():
             write_between(page, f"structures-{scale}", structures_table(read_rows(found)))
@@ -63,13 +63,10 @@ def structures_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def results_table(rows: Sequence[Row]) -> str:
-    """All rows, and the machine."""
+def results_table(rows: Sequence[Row], healing_rates: Sequence[float]) -> str:
+    """All rows, and the machine; columns in which nothing was measured are left out."""
     original = next(float(row["bits_per_byte"]) for row in rows if row["method"] == ORIGINAL)
-    lines = [
-        f"| {' | '.join(HEADER)} |",
-        f"| {' | '.join(['---'] * len(HEADER))} |",
-    ]
+    table = []
     for first in (row for row in rows if row["healing_steps"] == "0"):
         same = (row for row in rows if (row["method"], row["budget"]) == (first["method"], first["budget"]))
         healed = next((row for row in same if row["healing_steps"] != "0"), None)
@@ -80,15 +77,17 @@ def results_table(rows: Sequence[Row]) -> str:
         cells.append(f"{float(first['memory_gib']):.2f}" if first.get("memory_gib") else "")
         cells += [f"{int(first[name]):,}" if first.get(name) else "" for name in SPEEDS]
         cells.append(f"{float(first['compress_seconds']):.0f}" if first["compress_seconds"] else "")
-        lines.append(f"| {' | '.join(cells)} |")
+        table.append(cells)
+    kept = [place for place in range(len(HEADER)) if any(cells[place] for cells in table)]
+    lines = [[cells[place] for place in kept] for cells in (list(HEADER), ["---"] * len(HEADER), *table)]
+    body = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     devices = " and ".join(dict.fromkeys(row["device"] for row in rows))
-    about = f"{devices}, PyTorch {rows[0]['torch']}, transformers {rows[0]['transformers']}"
-    rates = sorted({row["healing_rate"] for row in rows if float(row["healing_rate"])})
-    shares = " and ".join(str(rate) for rate in HEALING_LEARNING_RATES)
-    best = f"the better one counts, which was {' or '.join(rates)}"
-    healing = f" Healed at {shares} of the training's learning rate; {best}." if rates else ""
-    body = "\n".join(lines)
-    return f"{body}\n\n{about}.{healing}"
+    about = f"{devices}, PyTorch {rows[0]['torch']}, transformers {rows[0]['transformers']}."
+    used = sorted({row["healing_rate"] for row in rows if float(row["healing_rate"])})
+    if used:
+        about += f" Healed at {' and '.join(map(str, healing_rates))} of the training's learning rate"
+        about += f"; the better one counts, which was {' or '.join(used)}." if len(healing_rates) > 1 else "."
+    return f"{body}\n\n{about}"
 
 
 def _bits(row: Row, name: str, original: float) -> str:

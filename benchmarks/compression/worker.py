@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.compression.cases import HEALING_LEARNING_RATES, HEALING_SHARE, ORIGINAL, SEARCH, Case, Scale
+from benchmarks.compression.cases import HEALING_SHARE, ORIGINAL, SEARCH, Case, Scale
 from tnl.compression.compress import compress
 from tnl.compression.matrices import find_matrices
 from tnl.compression.settings import CompressSettings
@@ -31,7 +31,7 @@ Row = dict[str, Any]
 DECODED_TOKENS = 64
 DECODED_ROWS = 16
 REPEATS = 5
-COMPILED = ((ORIGINAL, 1.0), (SEARCH, 0.5), ("SVD, same tools", 0.5))  # also timed compiled
+COMPILED = ((ORIGINAL, 1.0), (SEARCH, 0.5), ("SVD, same tools", 0.5))  # on a GPU also timed compiled
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,12 @@ def compress_case(case: Case, scale: Scale, place: Place) -> None:
         folder = place.work / "cases" / case.name
         compress(
             CompressSettings(
-                model=str(model_folder), output=str(folder), data=place.calibration, held_out=place.held_out, **settings
+                model=str(model_folder),
+                output=str(folder),
+                work=str(place.work / "fits"),
+                data=place.calibration,
+                held_out=place.held_out,
+                **settings,
             )
         )
         model_folder = folder / "model"
@@ -83,7 +88,7 @@ def heal_case(case: Case, scale: Scale, place: Place) -> None:
     source = find_model_folder(str(place.model)) if case.method == ORIGINAL else folder / "model"
     steps = max(1, round(HEALING_SHARE * scale.steps))
     best: Row | None = None
-    for rate in HEALING_LEARNING_RATES:
+    for rate in scale.healing_rates:
         healed = heal(source, folder / f"healed-{rate}", steps, rate, scale, place)
         row = measure(healed, scale, place, about(case, first["compress_seconds"], steps, rate))
         if best is None or row["bits_per_byte"] < best["bits_per_byte"]:
@@ -144,18 +149,24 @@ def measure(folder: Path, scale: Scale, place: Place, first: Row) -> Row:
 
 
 def measure_speed(cases: list[Case], scale: Scale, place: Place) -> None:
-    """Speed and memory of the models that were written, one after another, in 16 bits (float32 on a CPU)."""
+    """Speed and memory of the models that were written, one after another, in 16 bits (float32 on a CPU).
+
+    What was measured before, by the same model, is not repeated.
+    """
     device = choose_device("auto")
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     folders = {case: place.model if case.method == ORIGINAL else place.work / "cases" / case.name for case in cases}
-    measured = [case for case in cases if (place.work / "rows" / f"{case.name}.0.json").exists()]
+    rows = place.work / "rows"
+    measured = [case for case in cases if (rows / f"{case.name}.0.json").exists()]
     for case in measured:
+        if (rows / f"{case.name}.speed.json").exists():
+            continue
         model, tokenizer = load_model(str(folders[case] / "model"), device, dtype)
         write(place, f"{case.name}.speed", speed(model, held_out_rows(tokenizer, scale, place)))
-    for case in measured:  # last, since compiling takes a minute
+    for case in measured if device.type == "cuda" else []:  # last, since compiling takes a minute
         if (case.method, case.budget) in COMPILED:
             model, tokenizer = load_model(str(folders[case] / "model"), device, dtype)
-            row = json.loads((place.work / "rows" / f"{case.name}.speed.json").read_text())
+            row = json.loads((rows / f"{case.name}.speed.json").read_text())
             tokens = held_out_rows(tokenizer, scale, place).tokens[:DECODED_ROWS].to(device)
             row["compiled_tokens_per_second"] = round(tokens.numel() / forward_seconds(torch.compile(model), tokens))
             write(place, f"{case.name}.speed", row)
@@ -227,11 +238,10 @@ def speed(model: TnlForCausalLM, rows: Rows) -> Row:
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     forward = forward_seconds(model, tokens)
-    memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
     return {
         "tokens_per_second": round(tokens.numel() / forward),
         "decoded_tokens_per_second": round(len(tokens) * DECODED_TOKENS / decoding),
-        "memory_gib": round(memory, 4),
+        "memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 4) if cuda else None,
     }
 
 
@@ -242,14 +252,16 @@ def forward_seconds(model: Callable[..., object], tokens: Tensor) -> float:
 
 
 def median_seconds(call: Callable[[], object]) -> float:
-    """Median of some calls after a first one."""
+    """Median of some calls after a first one; on a CPU of the processor time, for which other programs matter less."""
+    cuda = torch.cuda.is_available()
+    clock = time.perf_counter if cuda else time.process_time
     seconds = []
     for _ in range(REPEATS + 1):
-        started = time.perf_counter()
+        started = clock()
         call()
-        if torch.cuda.is_available():
+        if cuda:
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(clock() - started)
     return statistics.median(seconds[1:])
 
 

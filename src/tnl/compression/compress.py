@@ -2,8 +2,6 @@
 
 import contextlib
 import copy
-import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +13,6 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -31,10 +28,12 @@ from tnl.compression.spread import Call, spread
 from tnl.compression.structures import (
     Finding,
     Fits,
+    digest,
     family,
     finish_option,
     fit_network,
     foldings_of,
+    save_atomically,
     search_structures,
     worth_fitting,
 )
@@ -58,7 +57,7 @@ class Job:
         model: The dense model, in float32.
         tokenizer: Its tokenizer.
         work: Folder of what has been computed.
-        identity: What decides all that is computed from the model.
+        source: Names model and calibration text in that folder.
         progress: The display.
     """
 
@@ -66,7 +65,7 @@ class Job:
     model: TnlForCausalLM
     tokenizer: PreTrainedTokenizerBase
     work: Path
-    identity: str
+    source: str
     progress: Progress
 
     @contextlib.contextmanager
@@ -98,7 +97,7 @@ def compress(settings: CompressSettings) -> Path:
         budget = parameter_budget(job, names)
         moments = second_moments(job, list(names), calibration)
         matrices = describe_matrices(job, names, moments)
-        fits = Fits(job.work, job.identity, settings)
+        fits = Fits(job.work, digest([job.source, settings.weighting, settings.damping]), settings)
         findings = add_networks(job, fits, matrices, budget)
         chosen = choose(job, matrices, budget)
         finish(job, fits, matrices, chosen)
@@ -122,12 +121,11 @@ def open_job(settings: CompressSettings, progress: Progress) -> Job:
         raise ValueError(f"model: expected a TNL with dense matrices (tnl expand makes one), got {folder}")
     if Path(settings.output).resolve() in (folder.resolve(), folder.resolve().parent):
         raise ValueError(f"output: expected another folder than the model's, got {settings.output}")
-    work = Path(settings.output) / "work"
+    work = Path(settings.work) if settings.work else Path(settings.output) / "work"
     work.mkdir(parents=True, exist_ok=True)
-    decisive: list[Any] = [settings.weighting, settings.damping, settings.seed, settings.calibration_tokens]
-    decisive += [settings.sequence_length, settings.pinned, settings.data]
-    description = json.dumps([describe_source(str(folder)), *decisive])
-    return Job(settings, model, tokenizer, work, hashlib.sha256(description.encode()).hexdigest(), progress)
+    text = [settings.data, bool(settings.held_out), settings.calibration_tokens, settings.sequence_length]
+    source = digest([describe_source(str(folder)), text, settings.seed])
+    return Job(settings, model, tokenizer, work, source, progress)
 
 
 def read_text(job: Job) -> tuple[Rows | None, Rows | None]:
@@ -179,24 +177,20 @@ def second_moments(job: Job, names: list[str], rows: Rows | None) -> dict[str, M
     """Moments of the matrices, from the folder of work where they are there; empty without text."""
     if rows is None:
         return {}
-    path = job.work / "moments.safetensors"
     wanted = list(names)
     if job.model.config.tie_word_embeddings and "model.embed_tokens" in names:
         wanted.append("lm_head")
+    path = job.work / f"moments-{digest([job.source, wanted])}.safetensors"
     if path.exists():
         with safe_open(path, framework="pt") as file:
-            there = set(file.keys())
-            if file.metadata().get("identity") == job.identity and all(f"{n}.rows" in there for n in wanted):
-                return {n: Moments(file.get_tensor(f"{n}.rows"), file.get_tensor(f"{n}.columns")) for n in wanted}
+            return {n: Moments(file.get_tensor(f"{n}.rows"), file.get_tensor(f"{n}.columns")) for n in wanted}
     batches = rows.tokens.split(max(1, BATCH_TOKENS // rows.tokens.shape[1]))
     with job.task("second moments", rows.tokens.numel()) as advance:
         moments = gather_moments(job.model, wanted, batches, advance)
     tensors: dict[str, Tensor] = {}
     for name, moment in moments.items():
         tensors |= {f"{name}.rows": moment.rows, f"{name}.columns": moment.columns}
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"identity": job.identity})
-    partial.replace(path)
+    save_atomically(tensors, path)
     return moments
 
 

@@ -17,8 +17,9 @@ class CompressSettings:
 
     Attributes:
         model: Folder of a TNL (or the folder of a run).
-        output: Folder to write: `model/`, `report.csv`, `structures.csv`, `report.json`, `report.png`, and `work/`
-            with what has been computed: the same command again goes on from there.
+        output: Folder to write: `model/`, `report.csv`, `structures.csv`, `report.json`, `report.png`.
+        work: Folder of what has been computed (second moments, searches, fits), from which the same command goes on;
+            compressions of a model may share one. By default `work/` in `output`.
         budget: Parameters of the chosen matrices after compression over those before.
         data: Calibration text, as `data.train` of `tnl train`; only `weighting: none` does without.
         held_out: Text on which quality is measured before and after; without it, rows of `data` that are not used for
@@ -47,6 +48,7 @@ class CompressSettings:
 
     model: str
     output: str = "runs/compressed"
+    work: str = ""
     budget: float = 0.5
     data: str | list[str] = field(default_factory=list)
     held_out: str | list[str] = field(default_factory=list)

@@ -9,6 +9,7 @@ ranks scaled down and up.
 import hashlib
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,8 +72,8 @@ class Fits:
     """Fits of structures to matrices, kept in files so that a run that was stopped goes on.
 
     Attributes:
-        folder: Where the files lie.
-        identity: What, besides matrix and structure, decides a fit.
+        folder: Where the files lie; several runs may write there at once.
+        identity: What, besides the name of a matrix and the structure, decides a fit.
         settings: Seeds, device, pinning.
     """
 
@@ -98,17 +99,16 @@ class Fits:
                 start = random_cores(matrix, network) if random else fitted_cores(matrix, network, self.settings)
             start = [core.to(device) for core in start]
             cores, error = refine(matrix.weight, matrix.metric, network, start, iterations, self.settings.damping)
-            partial = path.with_suffix(".partial")
             tensors = {f"core.{vertex}": core.cpu().contiguous() for vertex, core in enumerate(cores)}
-            save_file(tensors, partial, metadata={"error": repr(error)})
-            partial.replace(path)
+            save_atomically(tensors, path, error=repr(error))
         kept = tuple(core.cpu() for core in cores)
         return Option("network", stored(network, self.settings.pinned), error, network=network, cores=kept)
 
     def finish(self, matrix: Matrix, option: Option) -> Option:
-        """The network that was chosen, fitted to the end."""
+        """The network that was chosen, fitted to the end; never worse than it was."""
         assert option.network is not None
-        return self.fit(matrix, option.network, list(option.cores), to_the_end=True)
+        finished = self.fit(matrix, option.network, list(option.cores), to_the_end=True)
+        return min(option, finished, key=lambda candidate: candidate.error)
 
 
 def fit_network(matrix: Matrix, fits: Fits, network: MatrixNetwork) -> Option:
@@ -124,6 +124,13 @@ def finish_option(matrix: Matrix, fits: Fits, option: Option) -> Option:
 def digest(what: object) -> str:
     """A name for a file."""
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
+
+
+def save_atomically(tensors: dict[str, Tensor], path: Path, **metadata: str) -> None:
+    """Write tensors; another process that writes the same file does not disturb."""
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    save_file(tensors, partial, metadata=metadata)
+    partial.replace(path)
 
 
 def als(settings: CompressSettings, device: torch.device) -> tnss.ALS:
