@@ -1,6 +1,6 @@
 """TNL as vLLM models: in our format, hybrid stacks among them, and in the released one.
 
-The same maths as :mod:`tnl.models.tnl.modeling_tnl`, on a step's tokens laid end to end, with heads, inner channels
+The same maths as :mod:`tnl.models.tnl.layers_tnl`, on a step's tokens laid end to end, with heads, inner channels
 and vocabulary cut over the ranks of tensor parallelism and layers over those of pipeline parallelism.
 
 Dimensions: N tokens of a step, H heads of this rank, E width of a head, d width of the residual stream.
@@ -51,8 +51,8 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from tnl.models.tnl.configuration_tnl import TnlConfig
+from tnl.models.tnl.layers_tnl import ACTIVATION_FUNCTIONS, TnlNorm, TnlRelativePositions
 from tnl.models.tnl.matrix_network import TensorNetworkEmbedding, TensorNetworkLinear
-from tnl.models.tnl.modeling_tnl import ACTIVATION_FUNCTIONS, TnlNorm, TnlRelativePositions
 from tnl.models.tnl.released import KEY_MAP
 from tnl.serving.compressed import kept_network, linear, make_dense, stays_compressed, tied_head
 from tnl.serving.cpu import keep_seeds_of_unfinished_prompts
@@ -105,7 +105,7 @@ class ServedRelativePositions(nn.Module):
 
 
 class TnlAttention(nn.Module):
-    """Gated linear attention; see :class:`tnl.models.tnl.modeling_tnl.TnlAttention`."""
+    """Gated linear attention; see :class:`tnl.models.tnl.layers_tnl.TnlAttention`."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ class TnlSoftmaxAttention(nn.Module):
         )
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Rotary positions on `[N, H, E]`, as :meth:`tnl.models.tnl.modeling_tnl.TnlSoftmaxAttention.rotate`."""
+        """Rotary positions on `[N, H, E]`, as :meth:`tnl.models.tnl.layers_tnl.TnlSoftmaxAttention.rotate`."""
         half = self.head_dim // 2
         exponent = torch.arange(half, dtype=torch.float64, device=x.device) / half
         angle = torch.remainder(positions[:, None, None].double() * self.rope_theta**-exponent, 2 * math.pi).float()

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from tnl.models.tnl.modeling_tnl import TnlAttention
+from tnl.models.tnl.layers_tnl import TnlAttention
 from tnl.ops.linear_cross_entropy import linear_cross_entropy
 from tnl.training.config import ParallelSettings, require
 from tnl.training.model import choose_device

@@ -21,7 +21,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from transformers import PreTrainedModel
 
 from tnl.models.tnl.configuration_tnl import TnlConfig
-from tnl.models.tnl.modeling_tnl import TnlAttention, TnlForCausalLM, TnlGatedLinearUnit, TnlNorm, TnlRelativePositions
+from tnl.models.tnl.layers_tnl import TnlAttention, TnlGatedLinearUnit, TnlNorm, TnlRelativePositions
+from tnl.models.tnl.modeling_tnl import TnlForCausalLM
 
 
 def shard_heads(model: PreTrainedModel, mesh: DeviceMesh) -> None:

@@ -11,7 +11,8 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from tnl.models.tnl.cache_tnl import TnlCache
-from tnl.models.tnl.modeling_tnl import TnlAttention, TnlForCausalLM
+from tnl.models.tnl.layers_tnl import TnlAttention
+from tnl.models.tnl.modeling_tnl import TnlForCausalLM
 from tnl.ops.decode import decode_attention, decode_linear
 
 MOST_FUSED_ROWS = 4  # beyond, matrix products are quicker than rows one after another
