@@ -6,7 +6,7 @@ on a GPU run in PyTorch. The linear algebra is written once, for both.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,26 @@ class Arrays:
     def to_torch(self, array: Array) -> torch.Tensor:
         """The array in PyTorch, on the CPU."""
         return torch.from_numpy(array) if self.device is None else array.cpu()
+
+
+class Tape:
+    """NumPy calls as they were made, to be made again on the same arrays.
+
+    Half the time of a sweep over a small network is Python that finds out, each time anew, which array to multiply
+    with which. A tape keeps the arrays of every step, results included, so that a repetition is the calls alone.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+
+    def record(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Note a call that has been made and that writes its result into one of its arguments."""
+        self.calls.append((function, arguments))
+
+    def replay(self) -> None:
+        """Make every call again."""
+        for function, arguments in self.calls:
+            function(*arguments)
 
 
 def permuted(array: Array, axes: Sequence[int]) -> Array:

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import opt_einsum
 
-from tnss.arrays import Array, permuted
+from tnss.arrays import Array, Tape, permuted
 
 Indices = tuple[int, ...]
 
@@ -28,10 +29,10 @@ class _Matrix:
     shape: tuple[int, int]
     transposed: bool
 
-    def __call__(self, operand: Array) -> Array:
+    def __call__(self, operand: Array, tape: Tape | None) -> Array:
         if self.axes is not None:
             operand = permuted(operand, self.axes)
-        matrix = operand.reshape(-1, *self.shape)
+        matrix = reshaped(operand, (-1, *self.shape), tape)
         return matrix.swapaxes(1, 2) if self.transposed else matrix
 
 
@@ -55,13 +56,33 @@ class Contraction:
     flops: float
     peak: float
 
-    def __call__(self, operands: Sequence[Array]) -> Array:
-        """Contract ``operands`` (each ``[batch, ...]``); the result is ``[batch, ...]`` in the output's order."""
+    def __call__(self, operands: Sequence[Array], tape: Tape | None = None) -> Array:
+        """Contract ``operands`` (each ``[batch, ...]``); the result is ``[batch, ...]`` in the output's order.
+
+        With a tape, for NumPy arrays only, the calls are recorded: a replay computes the same array anew.
+        """
         stack = list(operands)
         for step in self.steps:
             second, first = stack.pop(step.second), stack.pop(step.first)
-            stack.append((step.left(first) @ step.right(second)).reshape(-1, *step.result))
+            product = multiplied(step.left(first, tape), step.right(second, tape), tape)
+            stack.append(product.reshape(-1, *step.result))
         return stack[0] if self.final_axes is None else permuted(stack[0], self.final_axes)
+
+
+def multiplied(left: Array, right: Array, tape: Tape | None) -> Array:
+    """Batched matrix product, recorded on the tape where there is one."""
+    product = left @ right
+    if tape is not None:
+        tape.record(np.matmul, left, right, product)
+    return product
+
+
+def reshaped(array: Array, shape: tuple[int, ...], tape: Tape | None) -> Array:
+    """``array.reshape(shape)``; where that copies, the copy is recorded on the tape."""
+    result = array.reshape(shape)
+    if tape is not None and not np.may_share_memory(result, array):
+        tape.record(np.copyto, result.reshape(array.shape), array)
+    return result
 
 
 @lru_cache(maxsize=100_000)

@@ -19,7 +19,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-from tnss.arrays import Array, Arrays, permuted
+from tnss.arrays import Array, Arrays, Tape, permuted
 from tnss.network import Network, ring_order
 from tnss.polish import polish
 from tnss.structure import Structure
@@ -29,6 +29,7 @@ from tnss.warm import warm_cores
 BATCH_ENTRIES = {"cpu": 16_000_000, "cuda": 400_000_000}  # tensor entries times networks held at once
 FIRST_STRIDE, STRIDE_LEAST, STRIDE_LIMIT, STRIDE_GROWTH = 0.3, 0.05, 2.0, 1.1
 NUMPY_ENTRIES = 100_000  # tensors of up to this many entries are fitted in NumPy on a CPU
+TAPED_ENTRIES = 100_000  # tensor entries times starts up to which sweeps are recorded: a tape holds every intermediate
 THREADED_ENTRIES = 1_000_000
 STIRRED = 1e-4  # of a core's norm
 ALIKE = 3e-3  # relative difference of the errors of two starts that are taken for one
@@ -277,6 +278,7 @@ class _Race:
         at = np.array([[v in edge for edge in plan.template.edges] for v in plan.positions], dtype=bool)
         rows = np.where(at, self.ranks[:, None, :], 1).prod(2, dtype=float)  # without the padding, [B, positions]
         self.per_row = self.arrays.array(1.0 / rows)
+        self.shares = self.per_row + 0.0
         self._set_shares()
         # the level at which each request's growth ends: its own, whatever else is in the batch
         self.levels = dict.fromkeys((start.request for start in starts), 1)
@@ -291,6 +293,7 @@ class _Race:
         orders = [layouts[start.request].order for start in starts]
         self.data = _arranged(fitter.tensor, orders, plan.template.sizes)
         self.weights = None if fitter.weights is None else _arranged(fitter.weights, orders, plan.template.sizes)
+        self.tape: tuple[Tape, Array] | None = None  # the sweep of these arrays, and where it puts the errors
         self.previous = self.flat + 0.0
         self.last = self.arrays.array([math.inf] * len(starts))
         self.stride = self.arrays.array([FIRST_STRIDE] * len(starts))
@@ -313,7 +316,7 @@ class _Race:
         sweep = 0
         while self.active:
             sweep += 1
-            squared = self.plan.sweep(self.data, self.cores, self.fitter.norm, self.weights, self.shares)
+            squared = self._swept()
             self._balance()
             self._extrapolate(squared)
             if self.annealing:
@@ -323,9 +326,22 @@ class _Race:
             if sweep % self.settings.check_every == 0 or sweep >= self.settings.sweeps:
                 self._leave(sweep, (squared / self.fitter.norm).tolist())
 
+    def _swept(self) -> Array:
+        """Update every core of every start; the squared errors."""
+        if self.tape is not None:
+            self.tape[0].replay()
+            return self.tape[1] + 0.0
+        small = self.arrays.device is None and len(self.active) * self.fitter.dense.numel() <= TAPED_ENTRIES
+        tape = Tape() if small and self.weights is None else None
+        squared = self.plan.sweep(self.data, self.cores, self.fitter.norm, self.weights, self.shares, tape)
+        if tape is None:
+            return squared
+        self.tape = tape, squared
+        return squared + 0.0
+
     def _set_shares(self) -> None:
-        """The ridge of each start relative to the trace of the normal equations at each position."""
-        self.shares = self.ridge.clip(smallest_ridge(self.ridge))[:, None] * self.per_row
+        """The ridge of each start relative to the trace of the normal equations at each position, in place."""
+        self.shares[...] = self.ridge.clip(smallest_ridge(self.ridge))[:, None] * self.per_row
 
     def _norms(self, flat: Array) -> Array:
         """Norm of each core, [B, positions]."""
@@ -434,6 +450,7 @@ class _Race:
         self.cores = self.plan.split(self.flat)
         self.last, self.stride, self.ridge = self.last[keep], self.stride[keep], self.ridge[keep]
         self.per_row, self.shares = self.per_row[keep], self.shares[keep]
+        self.tape = None
 
 
 @contextmanager

@@ -18,8 +18,8 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from tnss.arrays import Array, permuted, solve
-from tnss.contraction import Contraction, compile_contraction
+from tnss.arrays import Array, Tape, permuted, solve
+from tnss.contraction import Contraction, compile_contraction, multiplied, reshaped
 
 CALL_SECONDS = 2e-6  # one small NumPy operation, shared by the networks of a batch
 FLOPS_PER_SECOND = 0.3e10  # one CPU core, float64; only the ratio of the two matters
@@ -49,6 +49,26 @@ class _Node:
     children: tuple[_Node, ...] = ()
     data: tuple[Contraction, ...] = ()  # [T of this node, cores of the other half] -> T of the child
     gram: tuple[Contraction, ...] = ()  # [E of this node, cores of the other half twice] -> E of the child
+
+
+@dataclass(frozen=True)
+class _Updates:
+    """What the updates of all cores in a sweep share."""
+
+    cores: list[Array]
+    norm: float
+    ridge: Array | None
+    tape: Tape | None
+
+    def update(self, position: int, gram: Array, right: Array) -> Array | None:
+        """Solve for one core; at the last position, the squared error [B] that is then left."""
+        ridge = None if self.ridge is None else self.ridge[:, position]
+        squared = gram[:, 0, 0] * 0.0 if position == len(self.cores) - 1 else None
+        arguments = gram, right, self.cores[position], ridge, self.norm, squared
+        _update(*arguments)
+        if self.tape is not None:
+            self.tape.record(_update, *arguments)
+        return squared
 
 
 class Plan:
@@ -149,6 +169,7 @@ class Plan:
         norm: float,
         weights: Array | None = None,
         ridge: Array | None = None,
+        tape: Tape | None = None,
     ) -> Array:
         """Update every core once, in place; returns the squared error [B] after the last update.
 
@@ -159,39 +180,46 @@ class Plan:
             weights: as ``data``, or None; the error is then ``sum of weights * (X - network)^2``.
             ridge: [B, positions], added to the normal equations times their trace; None for the smallest that
                 rounding needs.
+            tape: records the sweep where all of these are NumPy arrays and there are no weights: a replay is one
+                more sweep of the same cores, and puts its squared error into the array returned here.
         """
         if weights is not None:
             return self._sweep_weighted(data, cores, weights, ridge)
-        if self.uses_tree:
-            return norm - self._sweep_tree(self.tree, data, None, cores, ridge)
+        updates = _Updates(cores, norm, ridge, tape)
+        return self._sweep_tree(self.tree, data, None, updates) if self.uses_tree else self._sweep_each(data, updates)
+
+    def _sweep_each(self, data: Array, updates: _Updates) -> Array:
+        squared, tape = None, updates.tape
         for v in self.positions:
-            environment = self.explicit[v]([cores[u] for u in self.positions if u != v])
-            matrix = environment.reshape(len(environment), self.rows[v], -1)
-            unfolded = self._unfolded(data, v).swapaxes(1, 2)
-            explained = self._solve(v, matrix @ matrix.swapaxes(1, 2), matrix @ unfolded, cores, ridge)
-        return norm - explained
+            environment = self.explicit[v]([updates.cores[u] for u in self.positions if u != v], tape)
+            matrix = reshaped(environment, (len(environment), self.rows[v], -1), tape)
+            right = multiplied(matrix, self._unfolded(data, v).swapaxes(1, 2), tape)
+            squared = updates.update(v, multiplied(matrix, matrix.swapaxes(1, 2), tape), right)
+        return squared
 
     def _unfolded(self, data: Array, position: int) -> Array:
         """[B, n, rest]."""
         axes = [0, position + 1, *(u + 1 for u in self.positions if u != position)]
         return permuted(data, axes).reshape(len(data), self.template.sizes[position], -1)
 
-    def _sweep_tree(
-        self, node: _Node, data: Array, gram: Array | None, cores: list[Array], ridge: Array | None
-    ) -> Array:
+    def _sweep_tree(self, node: _Node, data: Array, gram: Array | None, updates: _Updates) -> Array:
+        tape = updates.tape
         if not node.children:
-            v = node.positions[0]
-            rows = self.rows[v]
+            rows = self.rows[node.positions[0]]
             assert gram is not None
-            return self._solve(v, gram.reshape(-1, rows, rows), data.reshape(len(data), rows, -1), cores, ridge)
+            right = reshaped(data, (len(data), rows, -1), tape)
+            return updates.update(node.positions[0], reshaped(gram, (-1, rows, rows), tape), right)
+        squared = None
         for child, other, to_data, to_gram in zip(
             node.children, reversed(node.children), node.data, node.gram, strict=True
         ):
-            removed = [cores[v] for v in other.positions]
+            removed = [updates.cores[v] for v in other.positions]
             doubled = [core for core in removed for _ in range(2)]
             above = [] if gram is None else [gram]
-            explained = self._sweep_tree(child, to_data([data, *removed]), to_gram([*above, *doubled]), cores, ridge)
-        return explained
+            squared = self._sweep_tree(
+                child, to_data([data, *removed], tape), to_gram([*above, *doubled], tape), updates
+            )
+        return squared
 
     def _sweep_weighted(self, data: Array, cores: list[Array], weights: Array, ridge: Array | None) -> Array:
         for v in self.positions:
@@ -205,15 +233,6 @@ class Plan:
             core = _regularised_solve(gram.reshape(-1, rows, rows), right.reshape(-1, rows, 1), repeated)
             cores[v][...] = core.reshape(batch, size, rows).swapaxes(1, 2).reshape(cores[v].shape)
         return self.squared_error(data, cores, weights)
-
-    def _solve(self, position: int, gram: Array, right: Array, cores: list[Array], ridge: Array | None) -> Array:
-        """Update one core; at the last position, what the networks then explain of ``||X||^2`` [B]."""
-        core = _regularised_solve(gram, right, None if ridge is None else ridge[:, position])
-        cores[position][...] = core.reshape(cores[position].shape)
-        if position < self.positions[-1]:
-            return None
-        # ||X||^2 - ||X - M^T G||^2, true for any G, so that the ridge is accounted for
-        return ((2.0 * right - gram @ core) * core).sum((1, 2))
 
     def squared_error(self, data: Array, cores: list[Array], weights: Array | None = None) -> Array:
         """Squared error [B] from the dense reconstruction: exact where :meth:`sweep` cancels."""
@@ -234,6 +253,15 @@ def _tree_cost(node: _Node) -> tuple[int, float]:
 def smallest_ridge(array: Array) -> float:
     """The ridge that rounding needs, relative to the mean diagonal of the normal equations."""
     return RIDGE if array.itemsize == 8 else RIDGE_SINGLE
+
+
+def _update(gram: Array, right: Array, core: Array, ridge: Array | None, norm: float, squared: Array | None) -> None:
+    """Solve the normal equations for one core; put the squared error that is left into ``squared`` if it is given."""
+    solution = _regularised_solve(gram, right, ridge)
+    core[...] = solution.reshape(core.shape)
+    if squared is not None:
+        # ||X||^2 - ||X - M^T G||^2 is true for any G, so that the ridge is accounted for
+        squared[...] = norm - ((2.0 * right - gram @ solution) * solution).sum((1, 2))
 
 
 def _regularised_solve(gram: Array, right: Array, ridge: Array | None) -> Array:
