@@ -30,8 +30,6 @@ from tnl.compression.structures import (
     Fits,
     digest,
     family,
-    finish_option,
-    fit_network,
     foldings_of,
     save_atomically,
     search_structures,
@@ -272,7 +270,7 @@ def promising(
 
 def fit_networks(job: Job, fits: Fits, wanted: list[tuple[Matrix, MatrixNetwork]]) -> None:
     """Fit each network to its matrix, and add it there."""
-    calls: list[Call] = [(fit_network, matrix, (fits, network)) for matrix, network in wanted]
+    calls: list[Call] = [(fits.fit, matrix, (network,)) for matrix, network in wanted]
     options: dict[int, Option] = {}
     with job.task("fitting networks", len(calls)) as advance:
         for number, option in spread(calls, workers_of(job.settings)):
@@ -285,7 +283,7 @@ def fit_networks(job: Job, fits: Fits, wanted: list[tuple[Matrix, MatrixNetwork]
 def finish(job: Job, fits: Fits, matrices: list[Matrix], chosen: list[Option]) -> None:
     """Fit the networks that were chosen to the end, in place."""
     places = [place for place, option in enumerate(chosen) if option.network is not None]
-    calls: list[Call] = [(finish_option, matrices[place], (fits, chosen[place])) for place in places]
+    calls: list[Call] = [(fits.finish, matrices[place], (chosen[place],)) for place in places]
     with job.task("finishing", len(calls)) as advance:
         for number, option in spread(calls, workers_of(job.settings)):
             chosen[places[number]] = option

@@ -33,6 +33,11 @@ class Folding:
     columns: tuple[int, ...]
     modes: tuple[tuple[int, ...], ...]
 
+    @classmethod
+    def of(cls, network: MatrixNetwork) -> "Folding":
+        """That of a network."""
+        return cls(network.shape, network.rows, network.columns, network.modes)
+
     @property
     def sizes(self) -> tuple[int, ...]:
         """Sizes of the modes."""

@@ -12,6 +12,7 @@ and what it finds is fitted again in the true one.
 Dimensions: m rows, n columns, r rank.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -99,16 +100,12 @@ def factor_sides(side: Side, factors: Sequence[int], damping: float) -> list[Sid
     moment = side.factor.square() if side.factor.ndim == 1 else side.factor @ side.factor.T
     if len(factors) == 1:
         return [side] if len(moment) == factors[0] else [Side.of(_padded(moment, factors[0]), damping)]
-    total = 1
-    for factor in factors:
-        total *= factor
+    total = math.prod(factors)
     padded = _padded(moment, total)
     trace = float((padded if padded.ndim == 1 else padded.diagonal()).sum())
     sides = []
     for place, factor in enumerate(factors):
-        before = 1
-        for other in factors[:place]:
-            before *= other
+        before = math.prod(factors[:place])
         after = total // (before * factor)
         if padded.ndim == 1:
             part = padded.reshape(before, factor, after).sum((0, 2))

@@ -9,6 +9,8 @@ In a network each vertex gives up the bond to its parent in a spanning tree, fro
 close a cycle keep their numbers.
 """
 
+import math
+
 import networkx
 import torch
 from torch import Tensor
@@ -62,17 +64,9 @@ def pinned_parameters(network: MatrixNetwork) -> int:
     count = network.structure.parameters
     for vertex, _, edge in _towards_root(network):
         rank = network.structure.edges[edge][2]
-        if len_without(network, vertex, rank) > rank:
+        if math.prod(network.structure.core_shapes[vertex]) > rank * rank:
             count -= rank * rank
     return count
-
-
-def len_without(network: MatrixNetwork, vertex: int, rank: int) -> int:
-    """Rows of a core when an edge of this rank gives the columns."""
-    count = 1
-    for size in network.structure.core_shapes[vertex]:
-        count *= size
-    return count // rank
 
 
 def choose_rows(matrix: Tensor) -> Tensor:

@@ -10,19 +10,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tnl.compression.foldings import Folding
 from tnl.compression.matrices import Matrix, Option
 from tnl.compression.settings import CompressSettings
-from tnl.compression.structures import Finding
+from tnl.compression.structures import Finding, describe_bonds
 
 
 def describe(option: Option) -> str:
     """How a matrix is stored, in a few words."""
     if option.kind == "network":
         assert option.network is not None
-        sides = [*(f"i{size}" for size in option.network.rows), *(f"j{size}" for size in option.network.columns)]
-        modes = " ".join("*".join(sides[factor] for factor in mode) for mode in option.network.modes)
-        bonds = " ".join(f"{u}-{v}:{rank}" for u, v, rank in option.network.structure.edges)
-        return f"{modes} | {bonds}"
+        return f"{Folding.of(option.network)} | {describe_bonds(option.network)}"
     return f"svd {option.rank}" if option.kind == "svd" else "dense"
 
 

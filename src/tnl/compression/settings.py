@@ -75,7 +75,8 @@ class CompressSettings:
         require("kinds", self.kinds, bool(self.kinds) and set(self.kinds) <= set(KINDS), f"some of {', '.join(KINDS)}")
         given = bool(self.data) or self.weighting == "none"
         require("data", self.data, given, f"calibration text, which weighting: {self.weighting} needs")
-        require("orders", self.orders, all(3 <= order <= 8 for order in self.orders), "numbers from 3 to 8")
+        searched = bool(self.orders) and all(3 <= order <= 8 for order in self.orders)
+        require("orders", self.orders, searched, "numbers from 3 to 8")
         for name in ("evaluations", "iterations", "calibration_tokens"):
             require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         require("sequence_length", self.sequence_length, self.sequence_length >= 2, "at least 2")

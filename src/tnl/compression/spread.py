@@ -14,7 +14,7 @@ def spread(calls: Sequence[Call], workers: int) -> Iterator[tuple[int, Any]]:
     """Make calls; yields the number of each with its result, as they are done.
 
     Args:
-        calls: The calls; functions of a module, not of a class.
+        calls: The calls, of functions that can be pickled.
         workers: Processes, each with one thread; 1 makes the calls in this one.
     """
     if workers == 1 or len(calls) <= 1:

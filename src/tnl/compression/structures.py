@@ -111,16 +111,6 @@ class Fits:
         return min(option, finished, key=lambda candidate: candidate.error)
 
 
-def fit_network(matrix: Matrix, fits: Fits, network: MatrixNetwork) -> Option:
-    """:meth:`Fits.fit` from the cores that `tnss` finds, as a function."""
-    return fits.fit(matrix, network)
-
-
-def finish_option(matrix: Matrix, fits: Fits, option: Option) -> Option:
-    """:meth:`Fits.finish` as a function."""
-    return fits.finish(matrix, option)
-
-
 def digest(what: object) -> str:
     """A name for a file."""
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:24]
@@ -156,8 +146,7 @@ def random_cores(matrix: Matrix, network: MatrixNetwork) -> list[Tensor]:
 
 def fitted_cores(matrix: Matrix, network: MatrixNetwork, settings: CompressSettings) -> list[Tensor]:
     """Cores of a given structure by alternating least squares in the metric that they can absorb."""
-    folding = Folding(network.shape, network.rows, network.columns, network.modes)
-    whitened = WhitenedTensor(matrix.weight, matrix.metric, folding, settings.damping)
+    whitened = WhitenedTensor(matrix.weight, matrix.metric, Folding.of(network), settings.damping)
     fitter = tnss.Fitter(whitened.tensor.cpu(), als(settings, matrix.weight.device))
     (fitted,) = fitter.fit([tnss.FitRequest(network.structure, settings.seed)])
     return whitened.undo([core.to(matrix.weight.device) for core in fitted.cores], network)
@@ -272,11 +261,16 @@ def _finding(
         parameters, error = option.parameters, option.error / matrix.total
         rank = matrix.rank_within(parameters, pinned)
         svd_error = float(matrix.spectrum.errors()[rank]) / matrix.total
-        structure = " ".join(f"{u}-{v}:{rank}" for u, v, rank in option.network.structure.edges)
+        structure = describe_bonds(option.network)
     return Finding(
         matrix.name, matrix.kind, str(folding), bound, truncated_error, parameters, error, svd_error, evaluations,
         structure,
     )  # fmt: skip
+
+
+def describe_bonds(network: MatrixNetwork) -> str:
+    """`vertex-vertex:rank` of all bonds."""
+    return " ".join(f"{u}-{v}:{rank}" for u, v, rank in network.structure.edges)
 
 
 def worth_fitting(found: list[tuple[Finding, Option | None]]) -> tuple[MatrixNetwork, float] | None:
