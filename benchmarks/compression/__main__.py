@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import REPOSITORY, RESULTS, SHARED_DATA
-from benchmarks.compression.cases import CASES, SCALES, SEARCH, Case, Scale
+from benchmarks.compression.cases import CASES, ORIGINAL, SCALES, SEARCH, Case, Scale
 
 if TYPE_CHECKING:
     from benchmarks.compression.worker import Place
@@ -94,12 +94,13 @@ def work_through(options: argparse.Namespace, gpus: list[str], until: float) -> 
     compresses, and heals when there is nothing more to compress; on the others one slot is kept for healing, and the
     rest compress while no case is ready to be healed.
     """
-    waiting = [task for case in CASES if is_wanted(case, options) for task in tasks_of(case, options.work)]
+    waiting = [task for case in CASES if is_wanted(case, options) for task in tasks_of(case)]
     slots = [(gpu, slot) for slot in range(options.slots) for gpu in gpus]
     healing = set(gpus[(len(gpus) + 1) // 2 :])
     running: dict[tuple[str, int], tuple[subprocess.Popen[bytes], Task]] = {}
     try:
         while (waiting or running) and time.monotonic() < until:
+            waiting = [task for task in waiting if not task.row(options.work).exists()]
             for slot in slots:
                 if slot in running and running[slot][0].poll() is not None:
                     process, task = running.pop(slot)
@@ -141,16 +142,18 @@ class Task:
     action: str
     case: Case
 
+    def row(self, work: Path) -> Path:
+        """The file that it writes."""
+        return work / "rows" / f"{self.case.name}.{ACTIONS.index(self.action)}.json"
+
     def is_ready(self, work: Path) -> bool:
         """Whether what it needs is there."""
-        return self.action == "compress" or (work / "rows" / f"{self.case.name}.0.json").exists()
+        return self.action == "compress" or Task("compress", self.case).row(work).exists()
 
 
-def tasks_of(case: Case, work: Path) -> list[Task]:
-    """What is left to do for a case."""
-    rows = (work / "rows" / f"{case.name}.{number}.json" for number in range(len(ACTIONS)))
-    missing = [action for action, row in zip(ACTIONS, rows, strict=True) if not row.exists()]
-    return [Task(action, case) for action in missing if case.healed or action == "compress"]
+def tasks_of(case: Case) -> list[Task]:
+    """What is to be done for a case."""
+    return [Task(action, case) for action in ACTIONS if case.healed or action == "compress"]
 
 
 def train(work: Path, scale: Scale, gpu: str) -> None:
@@ -213,6 +216,9 @@ def place_of(work: Path) -> "Place":
 
 
 def is_wanted(case: Case, options: argparse.Namespace) -> bool:
+    """Whether a case was asked for; the original always is, since all is compared with it."""
+    if case.method == ORIGINAL:
+        return True
     methods = options.methods.split(";") if options.methods else None
     budgets = [float(budget) for budget in options.budgets.split(",")] if options.budgets else None
     return (methods is None or case.method in methods) and (budgets is None or case.budget in budgets)
