@@ -28,7 +28,7 @@ from tnl.training.loop import train
 from tnl.training.model import choose_device, find_model_folder, load_model
 
 Row = dict[str, Any]
-DECODED_TOKENS = 64
+DECODED_TOKENS = {"cuda": 64, "cpu": 16}
 DECODED_ROWS = 16
 REPEATS = 5
 COMPILED = ((ORIGINAL, 1.0), (SEARCH, 0.5), ("SVD, same tools", 0.5))  # on a GPU also timed compiled
@@ -228,10 +228,10 @@ def speed(model: TnlForCausalLM, rows: Rows) -> Row:
     """
     tokens = rows.tokens[:DECODED_ROWS].to(model.device)
     cuda = model.device.type == "cuda"
-    decoder = TnlDecoder(model, len(tokens))
+    decoder, steps = TnlDecoder(model, len(tokens)), DECODED_TOKENS[model.device.type]
 
     def decode() -> None:
-        for _ in range(DECODED_TOKENS):
+        for _ in range(steps):
             decoder.step(tokens[:, 0])
 
     decoding = median_seconds(decode)
@@ -240,7 +240,7 @@ def speed(model: TnlForCausalLM, rows: Rows) -> Row:
     forward = forward_seconds(model, tokens)
     return {
         "tokens_per_second": round(tokens.numel() / forward),
-        "decoded_tokens_per_second": round(len(tokens) * DECODED_TOKENS / decoding),
+        "decoded_tokens_per_second": round(len(tokens) * steps / decoding),
         "memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 4) if cuda else None,
     }
 
