@@ -1,6 +1,8 @@
 """`tnl chat` with a model loaded here, and what it says where it cannot. Tier T0."""
 
+import importlib.util
 import io
+import socket
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,14 @@ def test_a_conversation(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert longer != twice  # the second question came with the first and its answer
 
 
+def test_a_failing_answer_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model knows fewer bytes than the tokenizer: the error of the thread that writes is raised here."""
+    save_tiny(tmp_path, vocab_size=200, pad_token_id=0, bos_token_id=1, eos_token_id=1)
+    monkeypatch.setattr("sys.stdin", io.StringIO("\N{GRINNING FACE}\n"))
+    with pytest.raises(IndexError):
+        chat(ChatSettings(str(tmp_path), temperature=0))
+
+
 @pytest.mark.parametrize(
     ("field", "value"), [("max_new_tokens", 0), ("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.5)]
 )
@@ -48,7 +58,16 @@ def test_bad_settings(field: str, value: float) -> None:
         ChatSettings("folder", **{field: value})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("target", ["no/such/folder", "http://127.0.0.1:9"])
-def test_no_such_partner(target: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["chat", target]) == 2
+def test_no_such_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", "no/such/folder"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_no_such_server(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as silent:  # holds a port at which nobody listens
+        silent.bind(("127.0.0.1", 0))
+        assert main(["chat", f"http://127.0.0.1:{silent.getsockname()[1]}"]) == 2
+    message = capsys.readouterr().err
+    wanted = "the package openai" if importlib.util.find_spec("openai") is None else "no server answers"
+    assert wanted in message
+    assert message.count("\n") == 1

@@ -6,7 +6,7 @@ import pytest
 
 from tnl.cli import main, parse
 from tnl.models import TnlConfig
-from tnl.serving.server import state_bytes
+from tnl.serving.server import share_cores, state_bytes
 
 
 def test_state_bytes() -> None:
@@ -16,6 +16,15 @@ def test_state_bytes() -> None:
     assert state_bytes(config, tensor_parallel=4) == 25 * one // 4
     assert state_bytes(config, pipeline_parallel=2) == 13 * one
     assert state_bytes(config, pipeline_parallel=24) == 2 * one
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "shared"),
+    [({0, 1, 2, 3}, 2, "0,1|2,3"), ({3, 5, 8}, 2, "3|5"), ({0, 1}, 2, "0|1"), ({4}, 2, "4|4"), ({0, 1}, 3, "0|1|0")],
+)
+def test_share_cores(cores: set[int], ranks: int, shared: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: cores)
+    assert share_cores(ranks) == shared
 
 
 def test_options_are_handed_on() -> None:

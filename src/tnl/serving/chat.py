@@ -4,8 +4,8 @@ import importlib.util
 import os
 import sys
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from threading import Thread
 from typing import Any, Literal, Protocol
 
 from tnl.serving.folder import CHAT_TEMPLATE, find_model
@@ -141,13 +141,20 @@ class LoadedModel:
             "streamer": streamer,
             "stopping_criteria": StoppingCriteriaList([lambda ids, scores: stopped]),
         }
-        thread = Thread(target=self.model.generate, kwargs=options | sampling, daemon=True)
-        thread.start()
-        try:
-            yield from streamer
-        finally:  # Ctrl-C, or the end
-            stopped = True
-            thread.join()
+
+        def write() -> None:
+            try:
+                self.model.generate(**options, **sampling)
+            finally:
+                streamer.end()  # whoever reads would wait for ever for an answer that failed
+
+        with ThreadPoolExecutor(1) as pool:
+            writing = pool.submit(write)
+            try:
+                yield from streamer
+                writing.result()
+            finally:  # Ctrl-C, or the end
+                stopped = True
 
 
 def chat(settings: ChatSettings) -> None:

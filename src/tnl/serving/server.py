@@ -81,13 +81,18 @@ def complete(options: Namespace) -> None:
     named = {"revision": options.tokenizer_revision, "trust_remote_code": options.trust_remote_code}
     if options.chat_template is None and not has_chat_template(options.tokenizer or options.model, **named):
         options.chat_template = str(CHAT_TEMPLATE)
-    cores, ranks = sorted(os.sched_getaffinity(0)), options.tensor_parallel_size
-    if current_platform.is_cpu() and 1 < ranks <= len(cores):
+    ranks = options.tensor_parallel_size * options.pipeline_parallel_size
+    if current_platform.is_cpu() and ranks > 1 and options.data_parallel_size == 1:
         # Without it vLLM asks for a NUMA node for each rank.
-        share = len(cores) // ranks
-        groups = [cores[i * share : (i + 1) * share] for i in range(ranks)]
-        shown = "|".join(",".join(str(core) for core in group) for group in groups)
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", shown)
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", share_cores(ranks))
+
+
+def share_cores(ranks: int) -> str:
+    """The cores that this process may use, shared out evenly, as vLLM reads them: `0,1|2,3` are four for two ranks."""
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // ranks)
+    groups = ((cores[(rank * share + i) % len(cores)] for i in range(share)) for rank in range(ranks))
+    return "|".join(",".join(map(str, group)) for group in groups)
 
 
 def state_bytes(config: TnlConfig, tensor_parallel: int = 1, pipeline_parallel: int = 1) -> int:
