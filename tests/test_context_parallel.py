@@ -157,10 +157,10 @@ def test_kernel_that_sums_up_a_state(
     decay: str, before: bool, monkeypatch: pytest.MonkeyPatch, nan_filled_memory: None
 ) -> None:
     """Several parts, the last one shorter, some beyond the reach of a strong decay; grouped heads; odd widths."""
-    from tnl.ops import context_parallel_triton
+    from tnl.ops import states_triton
 
-    monkeypatch.setattr(context_parallel_triton, "SHORTEST_PART", 32)
-    monkeypatch.setattr(context_parallel_triton, "PROGRAMS", 8)  # four parts on the one processor
+    monkeypatch.setattr(states_triton, "SHORTEST_PART", 32)
+    monkeypatch.setattr(states_triton, "PROGRAMS", 8)  # four parts on the one processor
     inputs = Case(B=1, T=150, Hq=2, H=1, D=20, E=36, decay=decay).inputs(torch.float32)
     log_decay = inputs["log_decay"]
     if decay != "none":

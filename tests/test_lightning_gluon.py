@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.numerics import Case, check
-from tnl.ops import lightning_triton
+from tnl.ops import lightning_triton, tiling_triton
 
 hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
@@ -85,9 +85,9 @@ def test_is_chosen_on_hopper_only(monkeypatch: pytest.MonkeyPatch) -> None:
         per_token: bool = False,
         split: bool = False,
     ) -> bool:
-        module = lightning_triton.choose_kernels.__wrapped__(D, E, dtype, device, backward, per_token, split)
-        assert module.__name__ in ("tnl.ops.lightning_gluon", "tnl.ops.lightning_triton")
-        return bool(module.__name__ == "tnl.ops.lightning_gluon")
+        kernels = lightning_triton.choose_kernels.__wrapped__(D, E, dtype, device, backward, per_token, split)
+        assert kernels in (lightning_triton.IN_TRITON, import_module("tnl.ops.lightning_gluon").IN_GLUON)
+        return kernels is not lightning_triton.IN_TRITON
 
     assert all((in_gluon(), in_gluon(80, 64, torch.float16), in_gluon(per_token=True), in_gluon(backward=True)))
     slower = (in_gluon(split=True), in_gluon(64, 64, backward=True), in_gluon(backward=True, per_token=True))
@@ -119,9 +119,9 @@ def test_gpu_walk(
     nan_filled_memory: None,
 ) -> None:
     """Whole, cut with a short first segment, and cut into equal ones."""
-    choose, gluon = lightning_triton.choose_kernels, import_module("tnl.ops.lightning_gluon")
+    choose, gluon = lightning_triton.choose_kernels, import_module("tnl.ops.lightning_gluon").IN_GLUON
     assert choose(case.D, case.E, dtype, torch.device("cuda", 0), False, False, False) is gluon
     monkeypatch.setattr(lightning_triton, "choose_kernels", lambda *_: gluon)  # where it is not quicker too
-    monkeypatch.setattr(lightning_triton, "cut_sequence", lambda tokens, *_: segments or (tokens, tokens))
+    monkeypatch.setattr(tiling_triton, "cut_sequence", lambda tokens, *_: segments or (tokens, tokens))
     monkeypatch.setattr(lightning_triton, "_plans", {})
     check(Case(**{**vars(case), "decay": decay}), "triton", dtype, "cuda")

@@ -20,7 +20,7 @@ from tests.numerics import (
     relative_error,
     results,
 )
-from tnl.ops import lightning_attention, lightning_attention_step, lightning_torch, lightning_triton
+from tnl.ops import lightning_attention, lightning_attention_step, lightning_torch, lightning_triton, tiling_triton
 
 DECAYS = ["none", "head", "token"]
 interpreted = pytest.mark.skipif(
@@ -39,9 +39,7 @@ CASES = [
 @pytest.fixture
 def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cuts every sequence of more than 64 tokens, as a launch of few heads would: 48 tokens a segment, 16 to lead."""
-    monkeypatch.setattr(
-        lightning_triton, "cut_sequence", lambda tokens, *_: (48, 16) if tokens > 64 else (tokens, tokens)
-    )
+    monkeypatch.setattr(tiling_triton, "cut_sequence", lambda tokens, *_: (48, 16) if tokens > 64 else (tokens, tokens))
 
 
 @interpreted
@@ -63,7 +61,7 @@ def test_segments(case: Case, decay: str, short_segments: None, nan_filled_memor
 @pytest.mark.parametrize("reverse", [False, True])
 def test_segments_that_fade(reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A segment's sum leaves out what fades to nothing before the segment ends, and nothing else."""
-    monkeypatch.setattr(lightning_triton, "cut_sequence", lambda *_: (96, 96))
+    monkeypatch.setattr(tiling_triton, "cut_sequence", lambda *_: (96, 96))
     case = Case(B=1, T=300, Hq=4, H=4, D=16, E=16)
     q, k, v = (case.inputs(torch.float32)[name].requires_grad_() for name in ("q", "k", "v"))
     log_decay = torch.tensor([-50.0, -2.0, -1.3, -1e-12])
@@ -127,7 +125,8 @@ def test_any_case(case: Case, heads_first: bool, gap: int, nan_filled_memory: No
     """The rule of tests/numerics.py for any sizes and packing, and for any strides the same numbers."""
     inputs = case.inputs(torch.float32)
     actual = results(case, "triton", inputs)
-    assert_as_good_as_eager(actual, results(case, "eager", inputs), results(case, "reference", inputs), torch.float32)
+    reference = results(case, "reference", inputs)
+    assert_as_good_as_eager(actual, results(case, "eager", inputs), reference, torch.float32, case)
     q, k, v = (lying_apart(inputs[name], gap, heads_first) for name in ("q", "k", "v"))
     options = {name: inputs[name] for name in ("log_decay", "initial_state", "cu_seqlens")}
     o, _ = lightning_attention(q, k, v, **options, scale=case.scale, backend="triton")
@@ -207,11 +206,11 @@ def test_pool_beyond_32_bits() -> None:
 def test_cut_sequence() -> None:
     """As many as make one program a multiprocessor, behind a short first one; or equal ones where they are long."""
     for tokens, walks in ((8192, 256), (8192, 100), (200, 1)):
-        assert lightning_triton.cut_sequence(tokens, walks, 132, fades=True) == (tokens, tokens)
-    assert lightning_triton.cut_sequence(1 << 20, 16, 132, fades=True) == (65536, 65536)
+        assert tiling_triton.cut_sequence(tokens, walks, 132, fades=True) == (tokens, tokens)
+    assert tiling_triton.cut_sequence(1 << 20, 16, 132, fades=True) == (65536, 65536)
     for tokens in (512, 1000, 8192, 131072, 1 << 20):
         for walks in (1, 7, 16, 32, 66):
-            segment, lead = lightning_triton.cut_sequence(tokens, walks, 132, fades=False)
+            segment, lead = tiling_triton.cut_sequence(tokens, walks, 132, fades=False)
             assert segment % 64 == 0
             assert lead in range(64, segment // 2 + 1, 64)
             assert -(-(tokens - lead) // segment) * walks <= 132
@@ -222,7 +221,7 @@ def test_tiles_fit_the_chip() -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for width in (16, 64, 80, 96, 128, 192, 256):
             for columns in (16, 64, 128, 256):
-                tiles = lightning_triton.choose_tiles(width, columns, dtype, True, per_token=True, exact=False)
+                tiles = tiling_triton.choose_tiles(width, columns, dtype, True, per_token=True, exact=False)
                 padded = max(16, 1 << (width - 1).bit_length())
                 assert padded * tiles.columns <= 128 * 32 * tiles.warps
                 assert tiles.tokens & (tiles.tokens - 1) == 0

@@ -96,9 +96,9 @@ def test_chunks_and_decodes_mixed_equal_the_whole(parts: int, log_decay: Tensor 
 @pytest.mark.parametrize("lengths", [(150,), (70, 1, 100)], ids=["alone", "packed"])
 def test_prefills_cut_in_segments(parts: int, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """As a GPU does with few heads; a state is handed over in the row of the pool that it came from."""
-    from tnl.ops import lightning_triton
+    from tnl.ops import tiling_triton
 
-    monkeypatch.setattr(lightning_triton, "cut_sequence", lambda *_: (48, 16))
+    monkeypatch.setattr(tiling_triton, "cut_sequence", lambda *_: (48, 16))
     generator = torch.Generator(DEVICE).manual_seed(0)
     q, k, v = (torch.randn(sum(lengths), HEADS, WIDTH * n, generator=generator) for n in (parts, parts, 1))
     given = [torch.randn(ROWS, HEADS, WIDTH, WIDTH, generator=generator) for _ in range(parts)]

@@ -249,9 +249,9 @@ def _sum_up(y: Tensor, z: Tensor, log_weight: Tensor, before: bool, heads: int, 
     it, ``before`` as well.
     """
     if backend == "triton":
-        from tnl.ops import context_parallel_triton
+        from tnl.ops import states_triton
 
-        return call_on_device(context_parallel_triton.sum_up, y, z, log_weight, before, heads)
+        return call_on_device(states_triton.sum_up, y, z, log_weight, before, heads)
     batch, tokens = y.shape[:2]
     out = torch.zeros(1, batch, heads, y.shape[-1], z.shape[-1], dtype=log_weight.dtype, device=y.device)
     for begin in range(0, tokens, CHUNK):
@@ -272,9 +272,9 @@ def _choose_segments(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, backend: s
     """Into how many segments, all of one length, a rank's part is cut."""
     if backend != "triton" or cu_seqlens is not None:
         return 1
-    from tnl.ops import context_parallel_triton
+    from tnl.ops.tiling_triton import choose_segments
 
-    return context_parallel_triton.choose_segments(*q.shape, v.shape[-1], q.dtype, q.device)
+    return choose_segments(*q.shape, v.shape[-1], q.dtype, q.device)
 
 
 def _cut(x: Tensor, segments: int) -> Tensor:
@@ -319,9 +319,9 @@ class _Exchange:
         self.passed = passed
         arguments = (parts, passed, begun, options.scale if self._before else 1.0, self._before, self.state, self.decay)
         if options.backend == "triton":
-            from tnl.ops import context_parallel_triton
+            from tnl.ops import states_triton
 
-            self.own = call_on_device(context_parallel_triton.leave, *arguments)
+            self.own = call_on_device(states_triton.leave, *arguments)
         else:
             self.own = _leave(*arguments)
 
@@ -354,9 +354,9 @@ class _Exchange:
         own, passed = (None, None) if segments == 1 else (self.own, self.passed)
         arguments = (states, decays, ranks, begun, own, passed, segments, self._before)
         if self._options.backend == "triton":
-            from tnl.ops import context_parallel_triton
+            from tnl.ops import states_triton
 
-            return call_on_device(context_parallel_triton.enter, *arguments)
+            return call_on_device(states_triton.enter, *arguments)
         return _enter(*arguments)
 
 

@@ -6,26 +6,19 @@ kept here, and a launch goes straight to the kernel's launcher in C.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from tnl.ops.tiling_triton import Tiles
+
 KNOWN = "3.6."  # the version of Triton whose launches this knows
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """Sizes of one launch: tokens in a block, columns of the state a program owns, warps, pipeline stages."""
-
-    tokens: int
-    columns: int
-    warps: int
-    stages: int
+RAGGED: tl.constexpr = tl.constexpr(2**30)  # see describe_tokens
 
 
 class Launcher:
@@ -104,3 +97,58 @@ def find_launcher(
     if launcher is None:
         launcher = _launchers[key] = Launcher(kernel, (*sizes, *constants), tiles, pointers[0].device)
     return launcher
+
+
+def launch_kernel(
+    kernel: Any, programs: int, tokens: tuple[Any, ...], pointers: tuple[Tensor, ...], numbers: tuple[Any, ...],
+    sizes: tuple[int, ...], constants: tuple[Any, ...], tiles: Tiles,
+) -> None:  # fmt: skip
+    """``kernel[(programs,)](*tokens, *pointers, *numbers, *sizes, *constants)``, in a fraction of its host time."""
+    find_launcher(kernel, pointers, sizes, constants, tiles)(programs, tokens, pointers, numbers)
+
+
+# --- Arguments --------------------------------------------------------------------------------------------------
+
+
+def is_aligned(x: Tensor) -> bool:
+    """Whether addresses are the multiples of 16 bytes that descriptors need."""
+    batch, token, head, _ = x.stride()
+    return not (x.data_ptr() % 16 or (batch | token | head) * x.element_size() % 16) and 0 not in (batch, token, head)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """``x``, or a copy with wider rows where addresses are not aligned."""
+    if is_aligned(x):
+        return x
+    return torch.nn.functional.pad(x, (0, -x.shape[-1] % (16 // x.element_size())))[..., : x.shape[-1]]
+
+
+def describe_tokens(x: Tensor, tokens: int, width: int, packed: bool) -> TensorDescriptor:
+    """Of ``x [B, T, heads, width]``, to be read in tiles of so many tokens of one head.
+
+    One of ``[B, heads, T, width]`` serves whole rows: what a tile reads beyond T is zero. In a packed row another
+    sequence follows. There, a token's coordinate counts from so far before the sequence's end that the end is where the
+    descriptor's tokens end, and two more dimensions take the address back to where it belongs, as in Triton's own
+    ``ragged_tma``: ``RAGGED (R - s) + end s + (RAGGED - length + t) s = (begin + t) s`` modulo 2^64, with s the stride
+    of a token and ``RAGGED R`` a multiple of 2^64.
+
+    Made without the class's own checks, which take longer than all else and which :func:`aligned` has answered.
+    """
+    B, T, heads, last = x.shape
+    batch_stride, token_stride, head_stride, _ = x.stride()
+    descriptor = TensorDescriptor.__new__(TensorDescriptor)
+    descriptor.base, descriptor.padding = x, "zero"
+    if packed:
+        descriptor.shape = [2**31 - 65536, 2**31 - 65536, heads, RAGGED.value, last]
+        descriptor.strides = [2**34 - token_stride, token_stride, head_stride, token_stride, 1]
+        descriptor.block_shape = [1, 1, 1, tokens, width]
+    else:
+        descriptor.shape = [B, heads, T, last]
+        descriptor.strides = [batch_stride, head_stride, token_stride, 1]
+        descriptor.block_shape = [1, 1, tokens, width]
+    return descriptor
+
+
+def pointer_or(x: Tensor | None, stand_in: Tensor) -> Tensor:
+    """A pointer that the kernel does not follow needs a type all the same."""
+    return stand_in if x is None else x

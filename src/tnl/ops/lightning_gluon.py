@@ -29,8 +29,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tnl.ops import lightning_triton
-from tnl.ops.launch_triton import Tiles
-from tnl.ops.lightning_triton import FADED, RAGGED, RANKED, RUN_TIME
+from tnl.ops.launch_triton import RAGGED, describe_tokens
+from tnl.ops.lightning_triton import FADED, RANKED, RUN_TIME, Kernels
+from tnl.ops.tiling_triton import Tiles
 
 BUFFERS = gl.constexpr(2)  # tiles of a tensor in shared memory
 
@@ -350,14 +351,17 @@ _locate = gluon.jit(_around(lightning_triton._locate.fn, _longest=_longest))
 _kernel = gluon.jit(do_not_specialize=RUN_TIME)
 _forward_kernel = _kernel(_around(lightning_triton._forward_kernel.fn, _walk=_walk, _locate=_locate))
 _backward_kernel = _kernel(_around(lightning_triton._backward_kernel.fn, _walk=_walk, _locate=_locate))
-TILES = Tiles(64, 64, 4, BUFFERS.value)  # columns as in Triton for these widths, so a sequence is cut alike
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
-def _descriptor(x: Tensor, tokens: int, width: int, packed: bool) -> TensorDescriptor:
-    """As :func:`tnl.ops.lightning_triton._descriptor`, with a layout of the tile in shared memory."""
-    plain = lightning_triton._descriptor(x, tokens, width, packed)
+def _describe_tokens(x: Tensor, tokens: int, width: int, packed: bool) -> TensorDescriptor:
+    """As :func:`tnl.ops.launch_triton.describe_tokens`, with a layout of the tile in shared memory."""
+    plain = describe_tokens(x, tokens, width, packed)
     descriptor = TensorDescriptor.__new__(TensorDescriptor)
     descriptor.__dict__.update(plain.__dict__)
     descriptor.layout = gl.NVMMASharedLayout.get_default_for(plain.block_shape, _DTYPES[x.dtype])
     return descriptor
+
+
+# Columns as in Triton for these widths, so a sequence is cut alike.
+IN_GLUON = Kernels(_forward_kernel, _backward_kernel, _describe_tokens, Tiles(64, 64, 4, BUFFERS.value))

@@ -8,12 +8,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tnl.ops.lightning_triton import Tiles, _launch, _loss, _or, _padded, ceil_div
+from tnl.ops.launch_triton import launch_kernel, pointer_or
+from tnl.ops.lightning_triton import _loss
+from tnl.ops.tiling_triton import Tiles, ceil_div, padded_width
 
 
 def choose_step_tiles(heads: int, columns: int) -> Tiles:
     """Tiles of a step for ``heads`` states in all, of so many columns each (measured on an H100)."""
-    return Tiles(1, min(64 if heads >= 1024 else 32, _padded(columns)), 4, 1)
+    return Tiles(1, min(64 if heads >= 1024 else 32, padded_width(columns)), 4, 1)
 
 
 @triton.jit(do_not_specialize=["Hq", "group"])
@@ -103,15 +105,15 @@ def step(
             decay_strides = (tokens * heads, heads)
     strides = [s for x in (q, k, v) for s in (x.stride()[:3] if several else (x.stride(0), 0, x.stride(1)))]
     tiles = choose_step_tiles(rows * heads, E)
-    _launch(
+    launch_kernel(
         _step_kernel, rows * heads * ceil_div(E, tiles.columns), (),
-        (q, k, v, o, _or(log_decay, o), state, _or(states, state), _or(indices, o)),
+        (q, k, v, o, pointer_or(log_decay, o), state, pointer_or(states, state), pointer_or(indices, o)),
         (scale, heads, heads // k.shape[-2]),
         (
             *strides, *decay_strides, state.stride(0), state.stride(1), tokens, D, E,
             *((1, D) if transposed else (E, 1)),
         ),
-        (log_decay is not None, indices is not None, states is not None, _padded(D), tiles.columns),
+        (log_decay is not None, indices is not None, states is not None, padded_width(D), tiles.columns),
         tiles,
     )  # fmt: skip
     return o

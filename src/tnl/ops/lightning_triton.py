@@ -18,11 +18,8 @@ decay constant in a head the sum leaves out what will have faded to nothing.
 """
 
 import functools
-import sys
-from dataclasses import dataclass
-from importlib import import_module
-from types import ModuleType
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -31,97 +28,19 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tnl.ops.backends import interpreted
-from tnl.ops.launch_triton import KNOWN, Launcher, Tiles, find_launcher
+from tnl.ops.launch_triton import (
+    KNOWN,
+    RAGGED,
+    Launcher,
+    aligned,
+    describe_tokens,
+    find_launcher,
+    is_aligned,
+    launch_kernel,
+    pointer_or,
+)
+from tnl.ops.tiling_triton import Tiles, ceil_div, choose_tiles, cut_tokens, padded_width, product_precision
 
-# --- Launch policy ----------------------------------------------------------------------------------------------
-
-
-def ceil_div(total: int, size: int) -> int:
-    """``triton.cdiv`` takes microseconds when called on the host."""
-    return -(-total // size)
-
-
-def _padded(width: int) -> int:
-    return max(16, 1 << (width - 1).bit_length())
-
-
-TILES: Tiles | None = None  # chosen for each launch
-
-
-@functools.lru_cache
-def choose_tiles(rows: int, columns: int, dtype: torch.dtype, backward: bool, per_token: bool, exact: bool) -> Tiles:
-    """Tiles for a state of ``rows x columns`` (each the larger one of the passes of a launch).
-
-    ``exact`` float32 products run outside the matrix units; their tiles are small, since the loops are unrolled.
-
-    The rest was measured on an H100. Four stages of 64 tokens and 64 columns leave room for one program on a
-    multiprocessor, which saturates its memory. Smaller tiles leave room for two, which hide each other's arithmetic
-    where there is more of it: with a decay per token, and where a width is padded.
-    """
-    padded = _padded(rows)
-    width = _padded(columns)
-    if dtype == torch.float32:
-        return Tiles(16, 16, 8, 2) if exact else Tiles(64 if padded <= 128 else 32, min(width, 32), 4, 2)
-    if padded > 128 or (backward and 64 < rows < padded):
-        return Tiles(64, min(width, 32), 4, 3)
-    if per_token:
-        return Tiles(64, min(width, 64), 4, 2) if backward else Tiles(32, min(width, 64), 4, 3)
-    return Tiles(64, min(width, 64), 4, 4)
-
-
-@functools.lru_cache
-def choose_kernels(
-    D: int, E: int, dtype: torch.dtype, device: torch.device, backward: bool, per_token: bool, split: bool
-) -> ModuleType:
-    """The module whose walk serves: :mod:`tnl.ops.lightning_gluon` on Hopper where it was quicker, elsewhere this one.
-
-    With a cut sequence forward, and backwards with a decay a token or narrow heads, it was not (H200).
-    """
-    widths = {_padded(D), _padded(E)}
-    quicker = widths <= {128} and not per_token if backward else widths <= {64, 128} and not split
-    if (
-        quicker
-        and dtype in (torch.float16, torch.bfloat16)
-        and device.type == "cuda"
-        and torch.cuda.get_device_capability(device) == (9, 0)
-        and not interpreted()
-        and triton.__version__.startswith(KNOWN)
-    ):
-        return import_module("tnl.ops.lightning_gluon")
-    return sys.modules[__name__]
-
-
-MIN_SEGMENT = 256
-LONG_SEGMENT = 65536
-LEAD = 0.45  # time to sum up a segment's state, of the time to walk it (measured on an H100)
-
-
-def cut_sequence(tokens: int, walks: int, processors: int, fades: bool) -> tuple[int, int]:
-    """Tokens in a segment, and in the first one along the walk.
-
-    ``walks`` is the number of programs of a launch without a cut. One program a multiprocessor saturates the memory,
-    so a sequence is one segment where there is one multiprocessor for a walk, or where segments would be short.
-    Otherwise the segments behind the first are as many as make one program for each multiprocessor, and the first is
-    so short that its walk ends when the others have their sums; the last runs where the first one ran.
-
-    Where heads have decays of their own (``fades``), most need to sum up little of a long segment; then segments are
-    equal, and more than fill the chip if the sequence is that long, so that heads that take longer even out.
-    """
-    segments = min(processors // walks, tokens // MIN_SEGMENT)
-    if segments < 2:
-        return tokens, tokens
-    if fades and tokens >= segments * LONG_SEGMENT:
-        return LONG_SEGMENT, LONG_SEGMENT
-    length = ceil_div(int(tokens / (segments + LEAD)) + 1, 64) * 64
-    return length, max(64, int(LEAD * length) // 64 * 64)
-
-
-@functools.lru_cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-RAGGED: tl.constexpr = tl.constexpr(2**30)
 RANKED: tl.constexpr = tl.constexpr(16)  # so many packed sequences are sorted by length; more even out by themselves
 FADED: tl.constexpr = tl.constexpr(120.0)  # exp(-120) is 0 in float32, even times 1e6
 
@@ -174,7 +93,7 @@ def _tile(
 ):
     """Tokens of one head from ``begin + at`` on; zero from ``end`` (or the end of the row) and beyond the width.
 
-    See :func:`_descriptor` for what ``tokens`` is.
+    See :func:`describe_tokens` for what ``tokens`` is.
     """
     if PACKED:
         return tokens.load([RAGGED, end, head, RAGGED - (end - begin) + at, column]).reshape(BLOCK_T, BLOCK_W)
@@ -477,30 +396,40 @@ def _backward_kernel(
 # --- Launches ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """How the tokens of a launch are cut: sequences, segments a sequence, items in all, and what the kernels test."""
+class Kernels(NamedTuple):
+    """A walk with the kernels around it, what describes their tokens to them, and its tiles if it has but one size."""
 
-    sequences: int
-    segment: int
-    lead: int
-    per_sequence: int
-    items: int
-    split: bool
-    packed: bool
+    forward: Any
+    backward: Any
+    describe: Callable[[Tensor, int, int, bool], TensorDescriptor]
+    tiles: Tiles | None
 
 
-def _cut(q: Tensor, cu_seqlens: Tensor | None, walks: int, fades: bool) -> _Cut:
-    """``walks``: programs for one head of one sequence that is not cut; ``fades`` as for :func:`cut_sequence`."""
-    batch, tokens, heads = q.shape[:3]
-    packed = cu_seqlens is not None
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    segment, lead = cut_sequence(tokens, sequences * heads * walks, _processors(q.device), fades)
-    if segment == tokens:
-        return _Cut(sequences, tokens, tokens, 1, sequences, False, packed)
-    segments = 1 + ceil_div(tokens - lead, segment)
-    items = sequences + segments if packed else sequences * segments
-    return _Cut(sequences, segment, lead, segments, items, True, packed)
+IN_TRITON = Kernels(_forward_kernel, _backward_kernel, describe_tokens, None)
+
+
+@functools.lru_cache
+def choose_kernels(
+    D: int, E: int, dtype: torch.dtype, device: torch.device, backward: bool, per_token: bool, split: bool
+) -> Kernels:
+    """Those of :mod:`tnl.ops.lightning_gluon` on Hopper where they were quicker, elsewhere those of this module.
+
+    With a cut sequence forward, and backwards with a decay a token or narrow heads, they were not (H200).
+    """
+    widths = {padded_width(D), padded_width(E)}
+    quicker = widths <= {128} and not per_token if backward else widths <= {64, 128} and not split
+    if (
+        quicker
+        and dtype in (torch.float16, torch.bfloat16)
+        and device.type == "cuda"
+        and torch.cuda.get_device_capability(device) == (9, 0)
+        and not interpreted()
+        and triton.__version__.startswith(KNOWN)
+    ):
+        from tnl.ops.lightning_gluon import IN_GLUON
+
+        return IN_GLUON
+    return IN_TRITON
 
 
 def _decay_form(log_decay: Tensor | None) -> tuple[Tensor | None, int]:
@@ -510,67 +439,10 @@ def _decay_form(log_decay: Tensor | None) -> tuple[Tensor | None, int]:
     return log_decay.float().contiguous(), 1 if log_decay.dim() == 1 else 2
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """Of float32 products: TF32 where PyTorch may use it for its own."""
-    return "ieee" if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-def _or(x: Tensor | None, stand_in: Tensor) -> Tensor:
-    """A pointer that the kernel does not follow needs a type all the same."""
-    return stand_in if x is None else x
-
-
-def _is_aligned(x: Tensor) -> bool:
-    """Whether addresses are the multiples of 16 bytes that descriptors need."""
-    batch, token, head, _ = x.stride()
-    return not (x.data_ptr() % 16 or (batch | token | head) * x.element_size() % 16) and 0 not in (batch, token, head)
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """``x``, or a copy with wider rows where addresses are not aligned."""
-    if _is_aligned(x):
-        return x
-    return torch.nn.functional.pad(x, (0, -x.shape[-1] % (16 // x.element_size())))[..., : x.shape[-1]]
-
-
 def _new_states(sequences: int, q: Tensor, E: int, transposed: bool) -> Tensor:
     heads, D = q.shape[2:]
     shape = (sequences, heads, E, D) if transposed else (sequences, heads, D, E)
     return torch.empty(shape, dtype=torch.float32, device=q.device)
-
-
-def _descriptor(x: Tensor, tokens: int, width: int, packed: bool) -> TensorDescriptor:
-    """Of ``x [B, T, heads, width]``, to be read in tiles of so many tokens of one head.
-
-    One of ``[B, heads, T, width]`` serves whole rows: what a tile reads beyond T is zero. In a packed row another
-    sequence follows. There, a token's coordinate counts from so far before the sequence's end that the end is where the
-    descriptor's tokens end, and two more dimensions take the address back to where it belongs, as in Triton's own
-    ``ragged_tma``: ``RAGGED (R - s) + end s + (RAGGED - length + t) s = (begin + t) s`` modulo 2^64, with s the stride
-    of a token and ``RAGGED R`` a multiple of 2^64.
-
-    Made without the class's own checks, which take longer than all else and which :func:`_aligned` has answered.
-    """
-    B, T, heads, last = x.shape
-    batch_stride, token_stride, head_stride, _ = x.stride()
-    descriptor = TensorDescriptor.__new__(TensorDescriptor)
-    descriptor.base, descriptor.padding = x, "zero"
-    if packed:
-        descriptor.shape = [2**31 - 65536, 2**31 - 65536, heads, RAGGED.value, last]
-        descriptor.strides = [2**34 - token_stride, token_stride, head_stride, token_stride, 1]
-        descriptor.block_shape = [1, 1, 1, tokens, width]
-    else:
-        descriptor.shape = [B, heads, T, last]
-        descriptor.strides = [batch_stride, head_stride, token_stride, 1]
-        descriptor.block_shape = [1, 1, tokens, width]
-    return descriptor
-
-
-def _launch(
-    kernel: Any, programs: int, tokens: tuple[Any, ...], pointers: tuple[Tensor, ...], numbers: tuple[Any, ...],
-    sizes: tuple[int, ...], constants: tuple[Any, ...], tiles: Tiles,
-) -> None:  # fmt: skip
-    """``kernel[(programs,)](*tokens, *pointers, *numbers, *sizes, *constants)``, in a fraction of its host time."""
-    find_launcher(kernel, pointers, sizes, constants, tiles)(programs, tokens, pointers, numbers)
 
 
 class _Plan:
@@ -581,15 +453,15 @@ class _Plan:
         return_final_state: bool, transposed: bool, precision: str,
     ) -> None:  # fmt: skip
         log_decay, initial_state, cu_seqlens = pointers
-        self.aligned = all(_is_aligned(x) for x in (q, k, v))
+        self.aligned = all(is_aligned(x) for x in (q, k, v))
         tokens, heads, D = q.shape[1:]
         E = v.shape[-1]
         decay = 0 if log_decay is None else 1 if log_decay.dim() == 1 else 2
         tiles = choose_tiles(D, E, q.dtype, False, decay == 2, precision == "ieee")
         blocks = ceil_div(E, tiles.columns)
-        cut = _cut(q, cu_seqlens, blocks, decay == 1)
+        cut = cut_tokens(q, cu_seqlens, blocks, decay == 1)
         self.kernels = choose_kernels(D, E, q.dtype, q.device, False, decay == 2, cut.split)
-        tiles = self.kernels.TILES or tiles
+        tiles = self.kernels.tiles or tiles
         self.programs = cut.items * heads * blocks
         self.out = (*q.shape[:3], E)
         matrix = (E, D) if transposed else (D, E)
@@ -602,10 +474,10 @@ class _Plan:
         self.sizes = (D, E)
         self.constants = (
             transposed, decay, initial_state is not None, return_final_state, cut.packed, cut.split, precision,
-            tiles.tokens, _padded(D), tiles.columns,
+            tiles.tokens, padded_width(D), tiles.columns,
         )  # fmt: skip
         self.tiles, self.packed = tiles, cut.packed
-        self.widths = (_padded(D), _padded(D), tiles.columns)
+        self.widths = (padded_width(D), padded_width(D), tiles.columns)
         self.launcher: Launcher | None = None
         self.described: tuple[dict[int, list[Any]], ...] = ({}, {}, {})
 
@@ -614,7 +486,7 @@ class _Plan:
         launcher = self.launcher
         if launcher is None or not launcher.ready():
             launcher = self.launcher = find_launcher(
-                self.kernels._forward_kernel, pointers, self.sizes, self.constants, self.tiles
+                self.kernels.forward, pointers, self.sizes, self.constants, self.tiles
             )
             launcher(self.programs, [self._describe(i, x) for i, x in enumerate(tokens)], pointers, self.numbers)
             return
@@ -629,7 +501,7 @@ class _Plan:
         launcher.launch(self.programs, expanded, pointers, self.numbers)
 
     def _describe(self, index: int, x: Tensor) -> TensorDescriptor:
-        return self.kernels._descriptor(x, self.tiles.tokens, self.widths[index], self.packed)
+        return self.kernels.describe(x, self.tiles.tokens, self.widths[index], self.packed)
 
 
 KEPT_ADDRESSES, KEPT_PLANS = 64, 4096
@@ -652,7 +524,7 @@ def forward(
         log_decay = log_decay.float().contiguous()
     if initial_state is not None and not initial_state.is_contiguous():
         initial_state = initial_state.contiguous()
-    precision = _precision(q.dtype)
+    precision = product_precision(q.dtype)
     pointers = (log_decay, initial_state, cu_seqlens)
     key = (
         q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, q.device, scale, return_final_state,
@@ -665,7 +537,7 @@ def forward(
             _plans.clear()
         plan = _plans[key] = _Plan(q, k, v, pointers, scale, return_final_state, transposed, precision)
     if not plan.aligned:
-        q, k, v = _aligned(q), _aligned(k), _aligned(v)
+        q, k, v = aligned(q), aligned(k), aligned(v)
     o = torch.empty(plan.out, dtype=q.dtype, device=q.device)
     final_state = None
     if plan.states is not None:
@@ -696,16 +568,16 @@ def backward(
     batch, tokens, heads, D = q.shape
     E, kv_heads = v.shape[-1], k.shape[2]
     log_decay, decay = _decay_form(log_decay)
-    precision = _precision(q.dtype)
+    precision = product_precision(q.dtype)
     kernels = choose_kernels(D, E, q.dtype, q.device, True, decay == 2, False)
-    tiles = kernels.TILES or choose_tiles(max(D, E), max(D, E), q.dtype, True, decay == 2, precision == "ieee")
+    tiles = kernels.tiles or choose_tiles(max(D, E), max(D, E), q.dtype, True, decay == 2, precision == "ieee")
     d_blocks, e_blocks = ceil_div(D, tiles.columns), ceil_div(E, tiles.columns)
     blocks = (2 if need_dq else 1) * d_blocks + e_blocks
-    cut = _cut(q, cu_seqlens, blocks, decay == 1)
+    cut = cut_tokens(q, cu_seqlens, blocks, decay == 1)
     dq, dk, dv = (
         torch.empty(batch, tokens, heads, width, dtype=q.dtype, device=q.device) for width in (D * need_dq, D, E)
     )
-    q, k, v, do = _aligned(q), _aligned(k), _aligned(v), _aligned(do)
+    q, k, v, do = aligned(q), aligned(k), aligned(v), aligned(do)
     states: list[Tensor | None] = [None, None, None]
     flags = difference = None
     for i in range(3):
@@ -716,15 +588,17 @@ def backward(
     if need_decay:
         difference = torch.empty(2, d_blocks, batch, heads, tokens, dtype=torch.float32, device=q.device)
     initial_state, dfinal_state = (x if x is None else x.contiguous() for x in (initial_state, dfinal_state))
-    block_d, block_e, block_c = _padded(D), _padded(E), tiles.columns
+    block_d, block_e, block_c = padded_width(D), padded_width(E), tiles.columns
     widths = ((q, block_d), (k, block_d), (v, block_e), (do, block_e), (q, block_c), (k, block_c), (do, block_c))
-    _launch(
-        kernels._backward_kernel, cut.items * heads * blocks,
-        tuple(kernels._descriptor(x, tiles.tokens, width, cut.packed) for x, width in widths),
+    launch_kernel(
+        kernels.backward, cut.items * heads * blocks,
+        tuple(kernels.describe(x, tiles.tokens, width, cut.packed) for x, width in widths),
         (
             dq if need_dq else dk, dk, dv,
-            _or(difference, dk), _or(log_decay, dk), _or(initial_state, dk), _or(dfinal_state, dk),
-            *(_or(state, dk) for state in states), _or(cu_seqlens, dk), _or(flags, dk),
+            *(
+                pointer_or(x, dk)
+                for x in (difference, log_decay, initial_state, dfinal_state, *states, cu_seqlens, flags)
+            ),
         ),
         (
             scale, tokens, heads, heads // kv_heads,

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tnl.ops import lightning_triton
-from tnl.ops.context_parallel_triton import choose_segments, enter, leave, sum_up
+from tnl.ops.states_triton import enter, leave, sum_up
+from tnl.ops.tiling_triton import choose_segments
 
 LONG_ROW = 16384  # tokens; for a shorter one the launches that sum up take too long
 

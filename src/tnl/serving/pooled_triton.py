@@ -11,22 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tnl.ops.launch_triton import aligned, describe_tokens, launch_kernel, pointer_or
 from tnl.ops.lightning_step_triton import _step_kernel, choose_step_tiles
-from tnl.ops.lightning_triton import (
-    Tiles,
-    _aligned,
-    _cut,
-    _decay_form,
-    _descriptor,
-    _launch,
-    _locate,
-    _or,
-    _padded,
-    _precision,
-    _walk,
-    ceil_div,
-    choose_tiles,
-)
+from tnl.ops.lightning_triton import _decay_form, _locate, _walk
+from tnl.ops.tiling_triton import Tiles, ceil_div, choose_tiles, cut_tokens, padded_width, product_precision
 from tnl.serving.pooled import PooledStep
 
 SHORT = 512  # tokens of a prefill up to which the time is that of reading and writing states
@@ -108,26 +96,30 @@ def prefill(
         steps: The prefills, with their rows in each of the pools.
         output: ``[N, H, E]``, heads without gaps; written in place.
     """
-    q, k, v = _aligned(query[None]), _aligned(key[None]), _aligned(value[None])
+    q, k, v = aligned(query[None]), aligned(key[None]), aligned(value[None])
     tokens, heads, D = q.shape[1:]
     E = v.shape[-1]
     log_decay, decay = _decay_form(log_decay)
-    precision = _precision(q.dtype)
+    precision = product_precision(q.dtype)
     tiles = choose_prefill_tiles(len(pools), E, q.dtype, precision == "ieee", steps[0].longest_prefill)
     blocks = ceil_div(E, tiles.columns)
     bounds, order, rows = steps[0].prefill_bounds, steps[0].prefill_order, [step.prefill_rows for step in steps]
     # One request alone is cut over the whole GPU, and read as a row of its own.
-    cut = _cut(q, bounds if len(order) > 1 else None, blocks, decay == 1)
+    cut = cut_tokens(q, bounds if len(order) > 1 else None, blocks, decay == 1)
     flags = None
     if cut.split:
         flags = torch.zeros(1 + cut.sequences * heads * blocks, dtype=torch.int32, device=q.device)
-    block_d, block_c = _padded(D), tiles.columns
-    _launch(
+    block_d, block_c = padded_width(D), tiles.columns
+    launch_kernel(
         _prefill_kernel, cut.items * heads * blocks,
         tuple(
-            _descriptor(x, tiles.tokens, width, cut.packed) for x, width in ((q, block_d), (k, block_d), (v, block_c))
+            describe_tokens(x, tiles.tokens, width, cut.packed)
+            for x, width in ((q, block_d), (k, block_d), (v, block_c))
         ),
-        (output, _or(log_decay, output), pools[0], pools[-1], rows[0], rows[-1], bounds, order, _or(flags, output)),
+        (
+            output, pointer_or(log_decay, output), pools[0], pools[-1], rows[0], rows[-1], bounds, order,
+            pointer_or(flags, output),
+        ),
         (tokens, heads, cut.sequences, cut.segment, cut.lead, cut.per_sequence, cut.items),
         (pools[0].stride(0), output.stride(0), D, E),
         (len(pools), decay, cut.packed, cut.split, precision, tiles.tokens, block_d, block_c),
@@ -162,12 +154,12 @@ def decode(
     parts = output[None] if len(pools) == 1 else output.new_empty(len(pools), *output.shape, dtype=torch.float32)
     for part, pool, at, q, k in zip(parts, pools, rows, query.split(E, -1), key.split(E, -1), strict=True):
         strides = [stride for x in (q, k, value) for stride in (x.stride(0), 0, x.stride(1))]
-        _launch(
+        launch_kernel(
             _step_kernel, requests * heads * ceil_div(E, tiles.columns), (),
-            (q, k, value, part, _or(log_decay, part), pool, pool, at),
+            (q, k, value, part, pointer_or(log_decay, part), pool, pool, at),
             (1.0, heads, 1),
             (*strides, 0, 0, pool.stride(0), pool.stride(1), 1, E, E, E, 1),
-            (decay == 1, True, False, _padded(E), tiles.columns),
+            (decay == 1, True, False, padded_width(E), tiles.columns),
             tiles,
         )  # fmt: skip
     if len(pools) > 1:

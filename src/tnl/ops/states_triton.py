@@ -3,18 +3,15 @@
 Dimensions: B batch, T tokens, Hq heads, K rows and M columns of the state, P parts of a sum, S segments of a sequence.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tnl.ops.lightning_triton import Tiles, _launch, _padded, _precision, _processors, ceil_div, choose_tiles
+from tnl.ops.launch_triton import launch_kernel
+from tnl.ops.tiling_triton import Tiles, ceil_div, choose_tiles, count_processors, padded_width, product_precision
 
-SHORTEST_SEGMENT = 8192
 SHORTEST_PART = 1024
-WAVES = 4  # at most so many times as many programs as multiprocessors
 BLOCK = 1024
 PROGRAMS = 8  # a multiprocessor: few enough that their parts stay in the cache, enough to keep it busy
 ZERO = -104.0  # exp of this is 0 in float32
@@ -84,41 +81,22 @@ def sum_up(y: Tensor, z: Tensor, log_weight: Tensor, before: bool, heads: int) -
     """
     batch, tokens, _, K = y.shape
     M = z.shape[-1]
-    precision = _precision(y.dtype)
+    precision = product_precision(y.dtype)
     tiles = choose_tiles(K, M, y.dtype, False, False, precision == "ieee")
     programs = batch * heads * ceil_div(M, tiles.columns)
-    parts = max(1, min(PROGRAMS * _processors(y.device) // programs, tokens // SHORTEST_PART))
+    parts = max(1, min(PROGRAMS * count_processors(y.device) // programs, tokens // SHORTEST_PART))
     out = torch.empty(parts, batch, heads, K, M, dtype=torch.float32, device=y.device)
-    _launch(
+    launch_kernel(
         _sum_kernel, programs * parts, (), (y, z, log_weight.contiguous(), out),
         (tokens, heads, heads // y.shape[2], heads // z.shape[2], parts, ZERO),
         (*y.stride()[:3], *z.stride()[:3], K, M),
-        (log_weight.dim() == 3, before, tiles.tokens, _padded(K), tiles.columns, precision),
+        (log_weight.dim() == 3, before, tiles.tokens, padded_width(K), tiles.columns, precision),
         tiles,
     )  # fmt: skip
     return out
 
 
 # --- Segments ---------------------------------------------------------------------------------------------------
-
-
-@functools.lru_cache
-def choose_segments(
-    batch: int, tokens: int, heads: int, D: int, E: int, dtype: torch.dtype, device: torch.device
-) -> int:
-    """Into how many segments of one length to cut the tokens: those that leave the fewest multiprocessors idle.
-
-    A program walks along a segment, one at a time on a multiprocessor, so the programs of a launch should be a little
-    fewer than a multiple of these. The backward pass has twice as many.
-    """
-    processors = _processors(device)
-    walks = batch * heads * ceil_div(E, choose_tiles(D, E, dtype, False, False, False).columns)
-    best, segments = 0.0, 1
-    for count in range(1, min(WAVES * processors // walks, tokens // SHORTEST_SEGMENT) + 1):
-        used = walks * count / (ceil_div(walks * count, processors) * processors)
-        if tokens % count == 0 and used > 1.05 * best:
-            best, segments = used, count
-    return segments
 
 
 @triton.jit
@@ -169,7 +147,7 @@ def leave(
     batch = len(state)
     own = parts[0] if count == 1 else torch.empty_like(parts[0])
     begun_here = state if begun is None else begun.contiguous()
-    _launch(
+    launch_kernel(
         _leave_kernel, batch * heads * ceil_div(K * M, BLOCK), (),
         (parts, passed, begun_here, state, state if decay is None else decay, own),
         (heads, rows // batch, count, int(begun is not None), scale, int(before)),
@@ -219,7 +197,7 @@ def enter(
     batch, heads, K, M = states.shape[1:]
     out = torch.empty(batch * segments, heads, K, M, dtype=torch.float32, device=states.device)
     begun_here = out if begun is None else begun.contiguous()
-    _launch(
+    launch_kernel(
         _enter_kernel, batch * heads * ceil_div(K * M, BLOCK), (),
         (states, decays, begun_here, out if own is None else own, out if passed is None else passed, out),
         (
