@@ -81,6 +81,9 @@ def test_settings_from_file_and_command_line(config: str) -> None:
     assert settings.model.overrides["hidden_size"] == 32
     _, (settings,) = parse(["train", config, "--data.train", "[a.txt, b.txt]", "--resume", "false"])
     assert (settings.data.train, settings.resume) == (["a.txt", "b.txt"], False)
+    for options in (["--from", "some/run"], ["--from=some/run"]):
+        _, (settings,) = parse(["train", config, "--data.train", "a.txt", *options])
+        assert (settings.model.name, settings.tokenizer.name) == ("some/run", "some/run")
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -147,11 +150,15 @@ def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "CONFIG"], "tnl train: error: data.train: expected at least one source"),
         (["train", "CONFIG", "--data.train", "nowhere"], "tnl train: error: data: no such file.*nowhere"),
         (["train", "CONFIG", "--stepz", "3"], "tnl train: error: .*stepz"),
-        (["train", "CONFIG", "--steps", "many"], "tnl train: error: .*steps.*many"),
+        (["train", "CONFIG", "--steps", "many"], "tnl train: error: steps: expected int, got many"),
+        (["train", "CONFIG", "--device", "gpu"], "device: expected one of 'auto', 'cpu', 'cuda', got gpu"),
+        (["train", "CONFIG", "--model", "tiny"], "model: expected settings, or a YAML file of them, got tiny"),
         (["train", "CONFIG", "--data.train", "CORPUS", "--sequence_length", "1"], "sequence_length: .*2, got 1"),
         (["train", "CONFIG", "--data.train", "CORPUS", "--model.name", "huge"], "model.name: .*tiny.*got 'huge'"),
         (["train", "BROKEN"], "tnl train: error: "),
         (["train", "UNKNOWN"], "tnl train: error: .*learning_speed"),
+        (["train", "NOTHING"], "tnl train: error: optimizer: expected settings, got nothing"),
+        (["train", "EMPTY"], "config: expected a YAML file of settings"),
         (["eval", "nowhere", "CORPUS"], "tnl eval: error: model: .*nowhere"),
         (["eval", "MODEL", "nowhere"], "tnl eval: error: data: no such file.*nowhere"),
         (["eval", "MODEL", "EMPTY"], "tnl eval: error: data: expected text"),
@@ -168,6 +175,7 @@ def test_bad_input_is_one_clear_line(
     (tmp_path / "empty.txt").touch()
     (tmp_path / "broken.yaml").write_text("steps: [1")
     (tmp_path / "unknown.yaml").write_text("optimizer:\n  learning_speed: 3\n")
+    (tmp_path / "nothing.yaml").write_text("steps: 3\noptimizer:\n")
     stands_for = {
         "CONFIG": config,
         "CORPUS": str(corpus),
@@ -175,6 +183,7 @@ def test_bad_input_is_one_clear_line(
         "EMPTY": str(tmp_path / "empty.txt"),
         "BROKEN": str(tmp_path / "broken.yaml"),
         "UNKNOWN": str(tmp_path / "unknown.yaml"),
+        "NOTHING": str(tmp_path / "nothing.yaml"),
     }
     given = [stands_for.get(argument, argument) for argument in arguments]
     if given[:1] == ["train"]:

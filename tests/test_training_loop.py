@@ -359,6 +359,8 @@ def test_bpe_autocast_and_activation_checkpointing(tmp_path: Path, corpus: str) 
         ({"sequence_length": 1}, "sequence_length: expected at least 2, got 1"),
         ({"batch_size": 4, "micro_batch_size": 3}, "batch_size: expected a multiple of 3"),
         ({"model": ModelSettings("huge")}, r"model.name: expected a preset \(tiny.*got 'huge'"),
+        ({"model": ModelSettings("t5")}, "model.name: expected a causal language model, got 't5'"),
+        ({"seed": -1}, "seed: expected at least 0, got -1"),
         ({"model": ModelSettings("tiny", {"widht": 3})}, "model.overrides: .*widht"),
         ({"model": ModelSettings("llama", {"widht": 3})}, "model.overrides: .*widht"),
         ({"model": ModelSettings("tiny", {"vocab_size": 256})}, "model.*vocab"),
@@ -448,3 +450,4 @@ def test_models_that_mix_documents_are_found() -> None:
     assert small("tnl", **MODELS["tiny"], bos_token_id=0, eos_token_id=0, pad_token_id=0)
     assert small("llama", **MODELS["llama"])
     assert not small("mamba", hidden_size=32, num_hidden_layers=1, state_size=4)
+    assert not small("bert", hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)

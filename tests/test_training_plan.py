@@ -114,13 +114,20 @@ def test_within_a_tenth_of_what_was_measured() -> None:
     ("arguments", "message"),
     [
         (["99b", "8"], "model: expected one of tiny, .*got '99b'"),
-        (["1b", "7", "--context", "2"], r"gpus: expected a multiple of 2 \(context times tensor\), got 7"),
+        (
+            ["1b", "7", "--context", "2"],
+            r"gpus: expected at least 1, and a multiple of 2 \(context times tensor\), got 7",
+        ),
         (
             ["1b", "8", "--tensor", "8", "--overrides", "{num_attention_heads: 4}"],
             "tensor: expected a divisor of the 4",
         ),
         (["1b", "8", "--overrides", "{widht: 4}"], "overrides: .*widht"),
-        (["1b", "many"], "gpus"),
+        (["1b", "many"], "gpus element 0: expected int, got many"),
+        (
+            ["1b", "8", "--sequence_length", "100", "--context", "8"],
+            "sequence_length: expected a multiple of context, 8",
+        ),
         (["1b", "1", "--measured", "nowhere.csv"], "nowhere.csv"),
     ],
 )

@@ -6,8 +6,10 @@ Input that cannot be used ends with exit code 2 and one line that says why; `--t
 import dataclasses
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from tnl.compression.settings import CompressSettings, ExpandSettings
@@ -101,6 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         quieten()
         COMMANDS[name].call(*settings)
         sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130  # as a shell has it for a command that Ctrl-C ended
     except BrokenPipeError:  # the reader of our output, such as `head`, went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except FloatingPointError as error:
@@ -136,29 +140,52 @@ def parse(arguments: list[str]) -> tuple[str, list[Any]]:
     if arguments[:1] == ["train"]:
         arguments = _spell_out_train(arguments)
     try:
-        parsed = parser.instantiate(parser.parse_args(arguments))
+        parsed = parser.parse_args(arguments)
     except ArgumentError as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(_in_our_words(str(error))) from error
     chosen = COMMANDS[parsed.command]
     if chosen.settings is None:
         return parsed.command, []
-    values = vars(parsed[parsed.command])
-    fields = {field.name for field in dataclasses.fields(chosen.settings)}
+    fields = get_type_hints(chosen.settings)
+    for name, kind in fields.items():
+        if dataclasses.is_dataclass(kind) and parsed[parsed.command][name] is None:
+            raise ValueError(f"{name}: expected settings, got nothing")
+    values = vars(parser.instantiate(parsed)[parsed.command])
     given = {name: values[name] for name in values if name in fields}
     given |= {name: given[name] or [] for name in chosen.several}
     return parsed.command, [chosen.settings(**given)]
 
 
+# What the parser says, and how the settings themselves say it.
+REWORDED = (
+    (r'^Parser key "([^"]+)"', r"\1"),
+    (r"Expected (.+?)\. Got value: ", r"expected \1, got "),
+    (r"a <class '(\w+)'>", r"\1"),
+    (r"a typing\.Literal\[(.+?)\]", r"one of \1"),
+    (r"Unable to load config '(.*)' - .*", r"expected settings, or a YAML file of them, got \1"),
+)
+
+
+def _in_our_words(message: str) -> str:
+    message = " ".join(message.split())
+    for theirs, ours in REWORDED:
+        message = re.sub(theirs, ours, message)
+    return message
+
+
 def quieten() -> None:
-    """Keep the progress bars of transformers and datasets off the terminal, where ours is."""
+    """Keep progress bars and warnings of transformers, datasets and the hub off the terminal, where ours are."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 
 
 def _add_settings(parser: Any, command: Command) -> None:
     if command.settings is TrainSettings:
-        parser.add_argument("--config", action="config", help="YAML file with any of these settings")
+        parser.add_argument(
+            "--config", action="config", help="YAML file with any of these settings; first, it needs no --config"
+        )
         parser.add_argument("--from", help="folder of a model (or of a run) to train on, with its tokenizer")
     parser.add_class_arguments(command.settings, as_positional=True, skip=set(command.several))
     fields = {field.name: field for field in dataclasses.fields(command.settings or object)}
@@ -175,19 +202,37 @@ def _spell_out_train(arguments: list[str]) -> list[str]:
     """
     rest = arguments[1:]
     if rest and not rest[0].startswith("-"):
+        _check_file(rest[0])
         rest = ["--config", *rest]
     for place, argument in enumerate(rest):
         following = rest[place + 1] if place + 1 < len(rest) else "--"
         if argument == "--resume" and following.startswith("-"):
             rest[place] = "--resume=true"
     for place, argument in enumerate(rest):
-        if argument == "--from" and place + 1 < len(rest):
-            folder = rest[place + 1]
+        name, equals, folder = argument.partition("=")
+        if name == "--from" and (equals or place + 1 < len(rest)):
+            folder = folder if equals else rest[place + 1]
             inside = os.path.join(folder, "model")  # of a run
             tokenizer = inside if os.path.isfile(os.path.join(inside, "config.json")) else folder
-            rest[place : place + 2] = ["--model.name", folder, "--tokenizer.name", tokenizer]
+            rest[place : place + (1 if equals else 2)] = ["--model.name", folder, "--tokenizer.name", tokenizer]
             break
     return ["train", *rest]
+
+
+def _check_file(path: str) -> None:
+    """Refuse a file that holds no settings, a text say, all of which the parser's message would show."""
+    import yaml
+
+    try:
+        settings = yaml.safe_load(Path(path).read_text())
+    except OSError:
+        return  # the parser names it
+    except ValueError:
+        settings = None
+    except yaml.YAMLError as error:
+        raise ValueError(f"config: expected a YAML file, got {path}: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"config: expected a YAML file of settings such as `steps: 1000`, got {path}")
 
 
 def _fail(name: str, error: Exception, traceback: bool, code: int) -> int:

@@ -5,6 +5,7 @@ A YAML file holds the fields of `TrainSettings`; the command line overrides sing
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 BYTES = "bytes"
@@ -132,7 +133,8 @@ class TrainSettings:
         asynchronous_checkpoints: Go on training while a checkpoint is written; takes its size in main memory.
         tracker: Where metrics go besides files and TensorBoard: Weights & Biases or trackio, under the project `tnl`.
         max_skipped_steps: Steps in a row whose loss or gradient is not finite (they are skipped) that end the run.
-        resume: Go on from the newest complete checkpoint in `output`, or begin where there is none.
+        resume: Go on from the newest complete checkpoint in `output`, or begin where there is none; `--resume` alone
+            means true.
     """
 
     output: str = "runs/tnl"
@@ -186,6 +188,7 @@ class TrainSettings:
         divides = self.sequence_length % context == 0
         require("sequence_length", self.sequence_length, divides, f"a multiple of parallel.context, {context}")
         require("data.workers", self.data.workers, self.data.workers >= 0, "at least 0")
+        require("seed", self.seed, self.seed >= 0, "at least 0")
 
 
 @dataclass
@@ -234,7 +237,8 @@ class PlanSettings:
         gpu: What kind: `H100`, `H200`, `A100`.
         gpus_per_node: GPUs that are joined by the fast links.
         sequence_length: Tokens in a row.
-        batch_tokens: Tokens in an optimiser step over all GPUs; 0 takes one row for each group that shares rows.
+        batch_tokens: Tokens in an optimiser step over all GPUs; 0 takes one forward pass of each group
+            that shares rows.
         micro_batch_size: Rows in one forward pass.
         context: GPUs that share each row.
         tensor: GPUs that share each layer.
@@ -268,7 +272,9 @@ class PlanSettings:
         group = self.context * self.tensor
         for count in self.gpus:
             divides = count >= 1 and count % group == 0
-            require("gpus", count, divides, f"a multiple of {group} (context times tensor)")
+            require("gpus", count, divides, f"at least 1, and a multiple of {group} (context times tensor)")
+        divides = self.sequence_length % self.context == 0
+        require("sequence_length", self.sequence_length, divides, f"a multiple of context, {self.context}")
         require("flops_use", self.flops_use, 0 <= self.flops_use <= 1, "between 0 and 1")
         for name in ("batch_tokens", "tokens"):
             require(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
@@ -400,6 +406,14 @@ def require(name: str, value: object, holds: bool, expected: str) -> None:
     """Raise a ValueError that names the setting, what was expected and what was given, unless `holds`."""
     if not holds:
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+def make_folder(name: str, path: Path) -> None:
+    """Make the folder that a setting names; an OSError that names the setting where that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{name}: expected a folder, or a place to make one, got {path} ({error.strerror})") from error
 
 
 def as_list(sources: str | list[str]) -> list[str]:

@@ -20,7 +20,7 @@ import math
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -119,6 +119,11 @@ def read_files(
             skipped["unreadable"] += 1
 
 
+def describe_skipped(skipped: Mapping[str, int]) -> str:
+    """`, skipped 3 empty, 1 unreadable`, or nothing where nothing was."""
+    return ", skipped " + ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items())) if skipped else ""
+
+
 def _split(file: BinaryIO, separator: bytes) -> Iterator[bytes]:
     """Pieces of a file between separators, holding one piece in memory."""
     if not separator:
@@ -168,7 +173,11 @@ def open_dataset(source: str) -> Any:
         raise ValueError(f"data: expected datasets:NAME[:CONFIGURATION[:SPLIT]], got {source!r}")
     if is_saved_dataset(Path(name)):
         return open_saved_dataset(name, split).to_iterable_dataset()
-    return datasets.load_dataset(name, configuration or None, split=split or "train", streaming=True)
+    try:
+        return datasets.load_dataset(name, configuration or None, split=split or "train", streaming=True)
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"data: expected a dataset that can be read, got {source!r} ({reason})") from error
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -414,7 +423,8 @@ def _write_split(
         if held_out is not None:
             held_out.write([d for d, held in zip(batch, chosen, strict=True) if held])
     if not len(train):
-        raise ValueError(f"data.train: expected text, found none in {', '.join(as_list(settings.train))}")
+        sources = ", ".join(as_list(settings.train))
+        raise ValueError(f"data.train: expected text, found none in {sources}{describe_skipped(skipped)}")
     train.close()
     if held_out is not None:
         held_out.close()

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tnl.training import parallel
 from tnl.training.checkpoint import Checkpoints, differences, read_record
-from tnl.training.config import OptimizerSettings, TrainSettings, require
+from tnl.training.config import OptimizerSettings, TrainSettings, make_folder, require
 from tnl.training.data import (
     IGNORED,
     Batch,
@@ -33,6 +33,7 @@ from tnl.training.data import (
     PackedRows,
     RowSampler,
     collate,
+    describe_skipped,
     make_loader,
     make_rows,
     prepare_corpus,
@@ -159,7 +160,7 @@ def assemble(settings: TrainSettings, ranks: Ranks) -> Run:
     micro_batch_size = choose_micro_batch(settings, ranks)
 
     if ranks.is_first:
-        output.mkdir(parents=True, exist_ok=True)
+        make_folder("output", output)
     with ranks.first_one_first():  # the others find what the first one wrote
         tokenizer = prepare_tokenizer(settings.tokenizer, settings.data, output / "data")
         encoder = TextEncoder(tokenizer)
@@ -438,8 +439,7 @@ def describe(run: Run) -> str:
         text += f", {run.ranks.context[1]} to a row"
     text += f" | {train['tokens']:,} tokens in {train['documents']:,} documents"
     text += f", {held_out.index['documents']:,} held out" if held_out else ", none held out"
-    if run.corpus.skipped:
-        text += ", skipped " + ", ".join(f"{count} {reason}" for reason, count in sorted(run.corpus.skipped.items()))
+    text += describe_skipped(run.corpus.skipped)
     step_tokens = run.settings.batch_size * run.settings.sequence_length
     return f"{text} | {run.settings.steps:,} steps of {step_tokens:,} tokens"
 

@@ -22,11 +22,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tnl.training.checkpoint import differences
-from tnl.training.config import DataSettings, PrepareSettings
+from tnl.training.config import DataSettings, PrepareSettings, make_folder
 from tnl.training.data import (
     DATASETS_PREFIX,
     PREPARED,
     batched,
+    describe_skipped,
     describe_source,
     held_out_draw,
     is_saved_dataset,
@@ -71,7 +72,7 @@ def prepare(settings: PrepareSettings) -> Path:
         OSError: A shard could not be written.
     """
     output, console = Path(settings.output), Console(stderr=True)
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder("output", output)
     tokenizer = prepare_tokenizer(
         settings.tokenizer, DataSettings(settings.data, separator=settings.separator, column=settings.column), output
     )
@@ -91,7 +92,7 @@ def prepare(settings: PrepareSettings) -> Path:
     record = _finish(output, len(pieces), encoder)
     console.print(
         f"{output}: {record['tokens']:,} tokens in {record['documents']:,} documents, {record['held_out']:,} held out, "
-        f"{record['shards']} shards" + "".join(f", skipped {n} {why}" for why, n in record["skipped"].items()),
+        f"{record['shards']} shards{describe_skipped(record['skipped'])}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     return output
@@ -239,7 +240,7 @@ def _finish(output: Path, shards: int, encoder: TextEncoder) -> dict[str, Any]:
         "digest": hashlib.sha256(",".join(index["digest"] for index in train).encode()).hexdigest()[:16],
     }
     if not record["documents"]:
-        raise ValueError(f"data: expected text, found none for {output}")
+        raise ValueError(f"data: expected text, found none for {output}{describe_skipped(skipped)}")
     unfinished = output / f".unfinished-{PREPARED}"
     unfinished.write_text(json.dumps(record, indent=1) + "\n")
     unfinished.replace(output / PREPARED)
