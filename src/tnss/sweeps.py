@@ -152,15 +152,17 @@ class Plan:
     def uses_tree(self) -> bool:
         """Whether the tree is the cheaper way, by an estimate of its time on one network."""
         entries = math.prod(self.template.sizes)
+        if entries > 100_000:
+            return True
         steps = sum(len(contraction.steps) + 2 for contraction in self.explicit)
         flops = sum(contraction.flops for contraction in self.explicit)
         for rows, size in zip(self.rows, self.template.sizes, strict=True):
             flops += 2.0 * rows * (entries / size) * (rows + size)
         explicit_seconds = 3 * steps * CALL_SECONDS + flops / FLOPS_PER_SECOND
-        if entries > 100_000:
-            return True
-        tree_steps, tree_flops = _tree_cost(self.tree)
-        return 3 * tree_steps * CALL_SECONDS + tree_flops / FLOPS_PER_SECOND < explicit_seconds
+        tree_seconds = 3 * _tree_steps(len(self.positions)) * CALL_SECONDS
+        if tree_seconds >= explicit_seconds:  # without its arithmetic: its paths, which take longest, are not needed
+            return False
+        return tree_seconds + _tree_flops(self.tree) / FLOPS_PER_SECOND < explicit_seconds
 
     def sweep(
         self,
@@ -241,13 +243,19 @@ class Plan:
         return residual.reshape(len(residual), -1).sum(1)
 
 
-def _tree_cost(node: _Node) -> tuple[int, float]:
-    steps = sum(len(c.steps) + 1 for c in (*node.data, *node.gram))
-    flops = sum(c.flops for c in (*node.data, *node.gram))
-    for child in node.children:
-        child_steps, child_flops = _tree_cost(child)
-        steps, flops = steps + child_steps, flops + child_flops
-    return steps, flops
+def _tree_steps(positions: int, above: int = 0) -> int:
+    """Calls of one walk of the tree: pairs contracted, and one more for each contraction; ``above``: 0 at the root."""
+    if positions == 1:
+        return 0
+    half = positions // 2
+    return sum(
+        (removed + 1) + (2 * removed + above) + _tree_steps(positions - removed, 1)
+        for removed in (positions - half, half)
+    )
+
+
+def _tree_flops(node: _Node) -> float:
+    return sum(c.flops for c in (*node.data, *node.gram)) + sum(map(_tree_flops, node.children))
 
 
 def smallest_ridge(array: Array) -> float:

@@ -9,6 +9,7 @@ import torch
 
 from tests.tnss.planted import A6A, planted_ring, random_cores, random_structure, ring_structure
 from tnss import ALS, FitRequest, Fitter, Structure, fit, relative_squared_error
+from tnss.arrays import Tape
 from tnss.network import contract_cores
 from tnss.polish import _jacobian
 from tnss.sweeps import Plan, Template
@@ -131,6 +132,30 @@ def test_tree_and_explicit_updates_agree(seed: int) -> None:
         outcomes.append((error, plan.dense(cores)))
     torch.testing.assert_close(outcomes[0][0], outcomes[1][0], rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(outcomes[0][1], outcomes[1][1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("uses_tree", [True, False])
+def test_a_sweep_replayed_is_the_sweep(uses_tree: bool) -> None:
+    """With a ridge that changes in between, and one network padded to the rank of the other."""
+    template = Template((3, 2, 4, 3, 2), ((0, 1), (1, 2), (2, 3), (3, 4), (0, 4), (1, 3)))
+    plan = Plan(template, (2, 3, 2, 2, 3, 2))
+    plan.__dict__["uses_tree"] = uses_tree
+    generator = np.random.default_rng(0)
+    data = generator.standard_normal((1, *template.sizes))
+    flat = generator.standard_normal((2, plan.parameters))
+    plan.split(flat)[0][0, 1:] = plan.split(flat)[1][0, 1:] = 0
+    ridge, tape, norm = np.full((2, 5), 1e-3), Tape(), float((data**2).sum())
+    again = flat.copy()
+    recorded = plan.sweep(data, plan.split(flat), norm, ridge=ridge, tape=tape)
+    expected = plan.sweep(data, plan.split(again), norm, ridge=ridge)
+    for level in (1e-3, 1e-6, 1e-10):
+        np.testing.assert_allclose(flat, again, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(recorded, expected, rtol=1e-9)
+        again[...] = flat
+        ridge[...] = level
+        tape.replay()
+        expected = plan.sweep(data, plan.split(again), norm, ridge=ridge)
+    assert len(tape.calls) > 20
 
 
 def test_padding_stays_zero() -> None:
