@@ -70,9 +70,11 @@ def test_scaling_ranks() -> None:
     for budget in (200, 1000):
         grown = structures.grown(GRAPH, budget, pinned=True)
         assert stored(GRAPH, True) <= stored(grown, True) <= budget
-    sizes = [stored(network, True) for network in structures.family(GRAPH, True)]
+    sizes = [stored(network, True) for network in structures.family(GRAPH, SETTINGS)]
     assert sizes == sorted(set(sizes))
     assert sizes[-1] <= 0.9 * 24 * 16
+    (same,) = structures.family(GRAPH, dataclasses.replace(SETTINGS, allocation="uniform", budget=0.4))
+    assert same == structures.grown(GRAPH, int(0.4 * 24 * 16), True)
     assert structures.unknowns(GRAPH) == 6
 
 

@@ -237,7 +237,7 @@ def add_networks(job: Job, fits: Fits, matrices: list[Matrix], budget: int) -> l
         searched[key].networks += [option for _, option in found[key] if option is not None]
         best = worth_fitting(found[key])
         if best is not None:
-            sizes, ratio = family(best[0], settings.pinned), best[1]
+            sizes, ratio = family(best[0], settings), best[1]
             choices += [(matrix, network, ratio) for matrix in members for network in sizes]
     fit_networks(job, fits, promising(settings, matrices, choices, budget))
     return [finding for of_kind in found.values() for finding, _ in of_kind]

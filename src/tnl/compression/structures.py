@@ -280,10 +280,11 @@ def worth_fitting(found: list[tuple[Finding, Option | None]]) -> tuple[MatrixNet
     return (best.network, ratio) if ratio < WORTH_FITTING and best is not None and best.network is not None else None
 
 
-def family(network: MatrixNetwork, pinned: bool) -> list[MatrixNetwork]:
-    """The network in many sizes."""
+def family(network: MatrixNetwork, settings: CompressSettings) -> list[MatrixNetwork]:
+    """The network in the sizes that an allocation may choose: many, or the one that all matrices have."""
     m, n = network.shape
-    return list(dict.fromkeys(grown(network, int(share * m * n), pinned) for share in SHARES))
+    shares = SHARES if settings.allocation == "pareto" else (settings.budget,)
+    return list(dict.fromkeys(grown(network, int(share * m * n), settings.pinned) for share in shares))
 
 
 def scaled_by(network: MatrixNetwork, scale: float) -> MatrixNetwork:
