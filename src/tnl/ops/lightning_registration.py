@@ -73,24 +73,6 @@ def _new_state(q: Tensor, shape: tuple[Any, ...]) -> Tensor:
 # --- Forward ---------------------------------------------------------------------------------------------------
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    return_final_state: bool,
-    backend: str,
-    transposed: bool = False,
-) -> tuple[Tensor, Tensor]:
-    o, final_state = _run(
-        q, k, v, log_decay, initial_state, cu_seqlens, scale, return_final_state, backend, transposed
-    )  # fmt: skip
-    return o, q.new_empty(0) if final_state is None else final_state  # an operator always returns tensors
-
-
 def _run(
     q: Tensor,
     k: Tensor,
@@ -109,6 +91,11 @@ def _run(
         q, k, v, log_decay, initial_state, cu_seqlens, scale, return_final_state, transposed,
     )  # fmt: skip
     return o, final_state if return_final_state else None
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    o, final_state = _run(*arguments)
+    return o, arguments[0].new_empty(0) if final_state is None else final_state  # an operator always returns tensors
 
 
 def _check_values(log_decay: Tensor | None) -> None:
