@@ -25,7 +25,8 @@ def test_small_sizes(name: str, only: str, cases: int, tmp_path: Path, monkeypat
     assert all(not row.get("error") and float(row["ms"]) > 0 and row["device"] and row["torch"] for row in steps)
     if name == "speed":
         where = [row for row in rows if row["part"] != "step"]
-        assert sum(float(row["share"]) for row in where) == pytest.approx(1, abs=0.05)
+        assert len(where) > 3
+        assert sum(float(row["share"]) for row in where) > 0.99  # nothing of the step's time is left out
     assert run(name, output, "--tiny", "--only", only, monkeypatch=monkeypatch) == rows
     monkeypatch.setattr(sys, "argv", ["", name, "--output", str(output), "--plot", str(tmp_path / "plot.png")])
     main()

@@ -150,14 +150,14 @@ def run(options: argparse.Namespace) -> None:
             continue
         before = before or {f"{name}_before": value for name, value in scores(model, tokenizer, test).items()}
         folder = options.work / ("lora" if rank else "all")
-        began = time.perf_counter()
+        began, began_cpu = time.perf_counter(), time.process_time()
         tuned = finetune(
             FinetuneSettings(
                 str(options.model), str(data), str(folder), lora_rank=rank, learning_rate=rate, epochs=options.epochs
             )
         )
-        seconds = time.perf_counter() - began
+        took = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - began_cpu}
         after = scores(*load_model(str(tuned), device, "float32"), test)
         settings = {"learning_rate": rate, "epochs": options.epochs, "examples": len(tune), "tests": len(test)}
-        write_rows(path, [*read_rows(path), case | settings | before | after | {"seconds": seconds} | machine()])
-        CONSOLE.print(f"{way}: {before} before, {after} after, {seconds:.0f} s", highlight=False)
+        write_rows(path, [*read_rows(path), case | settings | before | after | took | machine()])
+        CONSOLE.print(f"{way}: {before} before, {after} after, {took['seconds']:.0f} s", highlight=False)

@@ -14,7 +14,7 @@ DOCS = REPOSITORY / "docs"
 PAGE = DOCS / "quality.md"
 DEFAULTS = {"learning_rate": 2e-3}
 # Runs that the plots of learning curves show, as far as they are there.
-CURVES = ("tnl", "tnl-rate-1e-3", "tnl-10-heads", "hybrid", "llama", "llama-rate-1e-3", "gated-delta-net")
+CURVES = ("tnl", "tnl-rate-1e-3", "tnl-10-heads", "hybrid", "llama", "llama-rate-1e-3")
 BASE = "base"
 POSITIONS = {"quality": "45m", "length": "10m", "ablations": "10m"}  # tables of scores by position, and their sizes
 LONG_READERS = {"45m": ("tnl", "tnl-seed-1", "tnl-10-heads"), "10m": ("tnl-512", "tnl-2048", "tnl-8192", "tnl-65536")}
@@ -48,7 +48,7 @@ def publish(name: str, rows: list[Row], columns: dict[str, str]) -> None:
 def _show(field: str, value: Any) -> str:
     if value in ("", None):
         return ""
-    if field in ("parameters", "tokens_per_second", "seconds"):
+    if field in ("parameters", "tokens_per_second", "cpu_seconds"):
         return f"{float(value):,.0f}"
     if field.endswith("difference"):
         return f"{float(value):+.3f}"
@@ -227,6 +227,6 @@ def show_instructions(output: Path) -> None:
     heads = {
         "parameters": "parameters", "books": "books", "way": "trained", "learning_rate": "learning rate",
         "named_before": "named before", "named": "named after", "title_bits_before": "bits of a title before",
-        "title_bits": "bits after", "seconds": "seconds",
+        "title_bits": "bits after", "cpu_seconds": "seconds of CPU",
     }  # fmt: skip
     publish("instructions", read_rows(output / "instructions.csv"), heads)

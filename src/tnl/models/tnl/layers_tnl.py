@@ -279,7 +279,7 @@ class TnlGatedLinearUnit(nn.Module):
         return self.down_proj(self.activation(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
     def _has_plain_weights(self) -> bool:
-        """Whether nothing is wrapped around the projections: no adapter, sharding or hook, as in `_chunked_loss`."""
+        """Whether the projections are learnt and can be had by their weights."""
         projections = (self.gate_proj, self.up_proj, self.down_proj)
         return all(is_plain(projection) and projection.weight.requires_grad for projection in projections)
 
