@@ -34,6 +34,12 @@ def run_ranks(ranks: int, function: Callable[..., None], *arguments: Any) -> Non
         )
 
 
+def run_alone(function: Callable[..., None], *arguments: Any) -> None:
+    """Call ``function(*arguments)`` in a process of its own, without a group."""
+    mp.set_forkserver_preload(PRELOADED)
+    mp.start_processes(_call, (function, arguments), nprocs=1, start_method="forkserver")
+
+
 def run_torchrun(processes: int, function: Callable[..., None], *arguments: Any) -> None:
     """As :func:`run_ranks`, with the environment that torchrun makes in place of a process group."""
     mp.set_forkserver_preload(PRELOADED)
@@ -41,6 +47,11 @@ def run_torchrun(processes: int, function: Callable[..., None], *arguments: Any)
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     mp.start_processes(_start, (processes, port, function, arguments), nprocs=processes, start_method="forkserver")
+
+
+def _call(_: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    function(*arguments)
 
 
 def _start(rank: int, ranks: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
