@@ -21,6 +21,7 @@ ABLATIONS: dict[str, Settings] = {
     "search, activations": {"method": "search", "weighting": "activations"},
     "search, plain weights": {"method": "search", "weighting": "none"},
     "search, one each": {"method": "search", "share": False},
+    "search, orders 3 and 4": {"method": "search", "orders": [3, 4]},
 }
 ORIGINAL = "original"
 BUDGETS = (0.5, 0.25, 0.75)

@@ -101,11 +101,17 @@ def _curve(rows: Sequence[Row], method: str, healed: bool, x: str, y: str) -> tu
     return [point[0] for point in points], [point[1] for point in points]
 
 
+def _size_of_original(rows: Sequence[Row]) -> str:
+    original = next(row for row in rows if row["method"] == ORIGINAL)
+    return f"a model of {int(original['parameters']) / 1e6:.1f}M parameters"
+
+
 def draw_parameters(rows: Sequence[Row], path: Path) -> None:
     """Two panels, before and after healing; the dashed line is the original, trained on as long."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure.suptitle(_size_of_original(rows), fontsize=10)
     for place, healed in enumerate((False, True)):
         axes = figure.add_subplot(1, 2, place + 1)
         dense, reference = _curve(rows, ORIGINAL, healed, "matrix_parameters", "bits_per_byte")
@@ -130,7 +136,8 @@ def draw_bytes(rows: Sequence[Row], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5, 4), layout="constrained")
-    axes = figure.add_subplot()
+    axes = figure.add_subplot(title=_size_of_original(rows))
+    axes.title.set_fontsize(10)
     for method, colour in {ORIGINAL: "0.3", **COLOURS}.items():
         for size, bits, fill in (("bytes", "bits_per_byte", colour), ("bytes_int8", "bits_per_byte_int8", "none")):
             x, y = _curve(rows, method, True, size, bits)
