@@ -1,11 +1,14 @@
-"""Plots of the results, from the CSV files alone, into the documentation."""
+"""Plots of the results into the documentation: from the CSV files alone, but for the picture of the example."""
 
 import csv
 import statistics
 from collections import defaultdict
 
+import torch
+
 from benchmarks import REPOSITORY
-from benchmarks.structure_search.cases import FOLDER
+from benchmarks.structure_search import FOLDER
+from tnss import Network
 
 DOCS = REPOSITORY / "docs"
 METHODS = ("auto", "tnale", "tnls", "tnga", "greedy", "svdinstn")
@@ -62,24 +65,17 @@ def plot_evaluation() -> None:
     figure.savefig(DOCS / "structure-search-solver.png", dpi=110)
 
 
-def image_example() -> None:
-    """The worked example of the documentation: an image, and what its best ring of 12 evaluations keeps."""
+def plot_example(image: torch.Tensor, network: Network) -> None:
+    """An image of 256 x 256 grey values as a tensor of order 8, and what a network keeps of it."""
     from matplotlib.figure import Figure
 
-    import tnss
-    from benchmarks.structure_search.problems import shared
-
-    tensor = shared("image_a")
-    result = tnss.search(tensor, tnss.Ring(7), tnss.Lagrangian(5.0), budget=tnss.Budget(12))
     figure = Figure(figsize=(7, 3.9), layout="constrained")
-    best = result.best
     panels = {
-        f"original, {tensor.numel()} numbers": tensor,
-        f"ring, {best.parameters} numbers, RSE {best.rse:.3f}": best.reconstruct(),
+        f"original, {image.numel()} numbers": image,
+        f"ring, {network.parameters} numbers, RSE {network.rse:.3f}": network.reconstruct(),
     }
     for axes, (title, panel) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         axes.imshow(panel.permute(*range(7, -1, -1)).reshape(256, 256).clamp(0, 1), cmap="gray", vmin=0, vmax=1)
         axes.set_title(title, fontsize=9)
         axes.axis("off")
     figure.savefig(DOCS / "structure-search-image.png", dpi=100)
-    print(result.summary())
