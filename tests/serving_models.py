@@ -10,6 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from tnl.models import TnlConfig, TnlForCausalLM
 
+# Models this small are no quicker on several threads, which on a busy machine wait for each other at every step.
+torch.set_num_threads(1)
+
 NEW_TOKENS = 20
 # Two ways of summing in float32 differ by some 1e-6 of the logits: a reference whose two best logits are closer than
 # this decides nothing, and is not asked for.

@@ -2,8 +2,8 @@
 
 import concurrent.futures
 import http.client
+import itertools
 import json
-import os
 import random
 import subprocess
 import sys
@@ -17,8 +17,9 @@ import torch
 
 from benchmarks.serving.server import Server
 from tests.serving_models import Reference, load, references, save_tiny
+from tnl.cli import main
 
-pytestmark = pytest.mark.serve
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(1500)]  # a server starts slowly where much else runs
 
 KEY = "a-key-of-the-test"
 LONGEST = 4096
@@ -31,17 +32,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    options = [
-        "--enforce-eager",
-        "--dtype",
-        "float32",
-        "--max-num-seqs",
-        "16",
-        "--max-model-len",
-        str(LONGEST),
-        "--max-num-batched-tokens",
-        "256",
-    ]
+    options = ["--enforce-eager", "--dtype", "float32", "--max-num-seqs", "16"]
+    options += ["--max-model-len", str(LONGEST), "--max-num-batched-tokens", "256"]
     started = Server(folder, tmp_path_factory.mktemp("log") / "server.log", *options, key=KEY)
     yield started
     started.stop()
@@ -68,11 +60,12 @@ def greedy(client: Any, server: Server, prompt: list[int], **options: Any) -> li
 def test_streaming(server: Server, expected: list[Reference]) -> None:
     client, each = server.client(), expected[6]
     extra = {"ignore_eos": True, "return_tokens_as_token_ids": True}
-    request = {"model": server.name, "prompt": each.prompt, "max_tokens": 20, "temperature": 0, "logprobs": 0}
+    request = {"model": server.name, "prompt": each.prompt, "max_tokens": 400, "temperature": 0, "logprobs": 0}
     pieces = list(client.completions.create(**request, stream=True, extra_body=extra))
     got = [token for piece in pieces if piece.choices for token in token_ids(piece.choices[0])]
-    assert got == each.tokens
-    assert len(pieces) > 5
+    assert len(got) == 400
+    assert got[:20] == each.tokens
+    assert len(pieces) > 10  # on a busy machine a piece may have many tokens
     whole = client.completions.create(**request, extra_body=extra).choices[0].text
     assert "".join(piece.choices[0].text for piece in pieces if piece.choices) == whole
 
@@ -119,13 +112,13 @@ def test_chat_template(server: Server, folder: Path) -> None:
 def test_tnl_chat(server: Server) -> None:
     command = [sys.executable, "-m", "tnl", "chat", f"http://127.0.0.1:{server.port}", "--api_key", KEY]
     command += ["--temperature", "0", "--max_new_tokens", "20"]
-    talk = subprocess.run(command, input="Hello\n/new\nHello\n/quit\n", capture_output=True, text=True, timeout=120)
+    talk = subprocess.run(command, input="Hello\n/new\nHello\n/quit\n", capture_output=True, text=True)
     assert talk.returncode == 0, talk.stderr
     request = {"model": server.name, "max_tokens": 20, "temperature": 0}
     messages = [{"role": "user", "content": "Hello"}]
     answer = server.client().chat.completions.create(messages=messages, **request).choices[0].message.content
     assert talk.stdout == f"{answer}\n" * 2
-    wrong = subprocess.run([*command[:-1], "0"], input="", capture_output=True, text=True, timeout=120)
+    wrong = subprocess.run([*command[:-1], "0"], input="", capture_output=True, text=True)
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
 
 
@@ -167,8 +160,7 @@ def test_clients_that_leave(server: Server, expected: list[Reference]) -> None:
         prompt = expected[i % len(expected)].prompt
         request = {"model": server.name, "prompt": prompt, "max_tokens": 2000, "extra_body": {"ignore_eos": True}}
         stream = client.completions.create(**request, stream=True)
-        for _ in range(i % 5):
-            next(iter(stream))
+        list(itertools.islice(stream, i % 5))
         stream.close()
     body = json.dumps({"model": server.name, "prompt": [1, 2], "max_tokens": 2000, "stream": True}).encode()
     for _ in range(8):  # those that do not even read the answer
@@ -200,7 +192,8 @@ def test_memory_settles(server: Server, expected: list[Reference]) -> None:
     client = server.client()
 
     def ask(number: int) -> None:
-        greedy(client, server, expected[number % len(expected)].prompt)
+        each = expected[number % len(expected)]
+        assert greedy(client, server, each.prompt, max_tokens=2) == each.tokens[:2]
 
     grown: list[int] = []
     while not grown or grown[-1] > 1 << 20:  # caches and allocators fill up, slower and slower
@@ -235,9 +228,10 @@ def test_default_address_and_memory(server: Server) -> None:
     ],
     ids=["model", "none", "heads", "option"],
 )
-def test_bad_command_line(folder: Path, arguments: list[str], message: str) -> None:
-    command = [sys.executable, "-m", "tnl", "serve", *(str(folder) if word == "FOLDER" else word for word in arguments)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert result.returncode == 2
-    assert message in result.stderr.strip().splitlines()[-1]
+def test_bad_command_line(folder: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code: Any = main(["serve", *(str(folder) if word == "FOLDER" else word for word in arguments)])
+    except SystemExit as end:  # argparse
+        code = end.code
+    assert code == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]

@@ -13,16 +13,18 @@ from typing import Any
 
 import psutil
 
-START_SECONDS = 600
+PATIENCE = 1200  # seconds; only what is broken takes so long
 
 
 class Server:
     """`tnl serve` in a process of its own; `name` is what requests call the model."""
 
     def __init__(self, folder: Path, log: Path, *options: str, key: str = "none") -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        # Kept until the end, so that nobody else gets this port while vLLM starts, which listens there by this option.
+        self.place = socket.socket()
+        self.place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.place.bind(("127.0.0.1", 0))
+        self.port = self.place.getsockname()[1]
         self.key, self.name = key, "tnl"
         command = [sys.executable, "-m", "tnl", "serve", str(folder), "--port", str(self.port), "--api-key", key]
         command += ["--served-model-name", self.name, *options]
@@ -30,7 +32,7 @@ class Server:
         environment.pop("TRITON_INTERPRET", None)
         with log.open("w") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + PATIENCE
         while not self.is_ready():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.stop()
@@ -45,7 +47,7 @@ class Server:
 
     def ask(self, method: str, path: str, body: bytes | None = None, key: str | None = None) -> tuple[int, str]:
         """Status and body of the answer."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         headers = {"Authorization": f"Bearer {key or self.key}", "Content-Type": "application/json"}
         connection.request(method, path, body, headers)
         response = connection.getresponse()
@@ -79,13 +81,16 @@ class Server:
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.partition("{")[0] in names)
 
     def wait_until_idle(self) -> None:
-        deadline = time.monotonic() + 60
+        """Wait for the requests that clients have left to leave the engine too."""
+        deadline = time.monotonic() + PATIENCE
         while self.running() > 0:
-            assert time.monotonic() < deadline, "requests are left in the engine"
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"requests are left in the engine after {PATIENCE} s")
             time.sleep(0.2)
 
     def stop(self) -> None:
         """End it, and whatever of its processes does not end by itself within a minute."""
+        self.place.close()
         if self.process.poll() is not None:
             return
         processes = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]

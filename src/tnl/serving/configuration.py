@@ -57,12 +57,14 @@ class ServingConfig(MambaModelConfig):
                 f"tensor_parallel_size: expected a divisor of the {config.num_attention_heads} heads, got {ranks}"
             )
         if vllm_config.speculative_config is not None:
-            raise ValueError("speculative_config: a TNL is served without speculative decoding; expected None")
+            method = vllm_config.speculative_config.method
+            raise ValueError(f"speculative_config: a TNL is served without it; expected None, got {method!r}")
         stages = vllm_config.parallel_config.pipeline_parallel_size
         if stages > 1 and vllm_config.model_config.enforce_eager and current_platform.is_cpu():
             # Stages after the first get what they receive into in a run that vLLM 0.32 leaves out then.
             raise ValueError(
-                "pipeline_parallel_size: vLLM on a CPU needs compiled models for it; leave out enforce_eager"
+                f"pipeline_parallel_size: expected 1 with enforce_eager on a CPU, where vLLM needs compiled models for "
+                f"more; got {stages}"
             )
         super().verify_and_update_config(vllm_config)
 

@@ -254,9 +254,9 @@ class TnlModel(nn.Module):
         super().__init__()
         config: TnlConfig = vllm_config.model_config.hf_config
         self.embedding_scale = math.sqrt(config.hidden_size) if config.scale_embeddings else 1.0
-        tied_head = config.tie_word_embeddings and get_pp_group().is_last_rank
+        is_head_too = config.tie_word_embeddings and get_pp_group().is_last_rank
         self.embed_tokens: Any = PPMissingLayer()
-        if get_pp_group().is_first_rank or tied_head:
+        if get_pp_group().is_first_rank or is_head_too:
             name = f"{prefix}.embed_tokens"
             network = kept_network(vllm_config, name)
             if network is not None:
