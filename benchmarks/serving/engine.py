@@ -1,7 +1,10 @@
 """TNL and a LLaMA of the same size on the same vLLM: time to first token, time per output token, memory a request.
 
 The engine runs in this process on one core, so that its CPU time is what the work costs whatever else the machine
-does; wall time stands beside it. Weights are random: they change nothing in what is measured.
+does; wall time stands beside it. CPU time itself moves with what the neighbours of a core do, by half and for minutes.
+So how the time per token grows is not told by times of different minutes: right after each request one of the shortest
+context is measured, and the ratio of the two is what counts. That of the shortest context itself says what is noise.
+Weights are random: they change nothing in what is measured.
 """
 
 import gc
@@ -28,10 +31,7 @@ FITTING_CONTEXT = 32_768  # tokens of the requests that are counted
 
 @dataclass(frozen=True)
 class Plan:
-    """Contexts in tokens, how many tokens are generated after each, and how often all contexts have their turn.
-
-    In turns, so that what else the machine does meets all contexts alike.
-    """
+    """Contexts in tokens, the shortest first; how many tokens are generated after each, how often each has its turn."""
 
     contexts: tuple[int, ...] = (1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)
     tokens: int = 64
@@ -105,14 +105,15 @@ def measure_model(name: str, folder: Path, contexts: list[int], plan: Plan) -> I
     )
     run(llm, 2048, plan.tokens)  # what is only done once
     runs: dict[int, list[Times]] = {context: [] for context in contexts}
+    shortest: dict[int, list[Times]] = {context: [] for context in contexts}
     for turn in range(plan.rounds):
         for context in contexts:
             if turn < plan.turns(name, context):
                 runs[context].append(run(llm, context, plan.tokens))
+                shortest[context].append(run(llm, plan.contexts[0], plan.tokens))
             if turn + 1 == plan.turns(name, context):
-                yield (
-                    {"context": context, "dtype": "bfloat16"} | summarise(runs[context]) | count_requests(llm, context)
-                )
+                row = {"context": context, "dtype": "bfloat16"} | summarise(runs[context])
+                yield row | compare(runs[context], shortest[context]) | count_requests(llm, context)
     llm.llm_engine.engine_core.shutdown()
     del llm
     gc.collect()
@@ -125,6 +126,10 @@ class Times:
 
     wall: list[float]
     cpu: list[float]
+
+    def token_cpu_ms(self) -> float:
+        """Milliseconds of CPU time of a token after the first, the median."""
+        return 1e3 * statistics.median(after - before for before, after in itertools.pairwise(self.cpu[1:]))
 
 
 def run(llm: Any, context: int, tokens: int) -> Times:
@@ -155,6 +160,12 @@ def summarise(runs: list[Times]) -> Row:
         tenths = statistics.quantiles(steps, n=10)
         row |= {name: statistics.median(steps), f"{name}_10": tenths[0], f"{name}_90": tenths[-1]}
     return row
+
+
+def compare(runs: list[Times], shortest: list[Times]) -> Row:
+    """Time per token over that of the shortest context right after: median of the turns, lowest and highest."""
+    ratios = [long.token_cpu_ms() / short.token_cpu_ms() for long, short in zip(runs, shortest, strict=True)]
+    return {"token_ratio": statistics.median(ratios), "token_ratio_min": min(ratios), "token_ratio_max": max(ratios)}
 
 
 def count_requests(llm: Any, context: int) -> Row:
