@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tnl.models import TnlConfig, TnlForCausalLM
-from tnl.training.data import Document, TokenStore, TokenWriter
 from tnl.training.evaluation import Score, document_nats
+from tnl.training.store import Document, TokenStore, TokenWriter
 from tnl.training.tokenizer import TextEncoder, byte_tokenizer
 
 CONTENTS = [b"a", b"\xff\x00\xfe", b"def f(x):\n    return x\n" * 3, b"z" * 61, "é漢🙂".encode() * 9]
@@ -30,7 +30,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
 def tnl_model() -> PreTrainedModel:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-    return TnlForCausalLM(TnlConfig.from_preset("tiny", vocab_size=258, initializer_range=0.2, **sizes)).eval()
+    return TnlForCausalLM(TnlConfig.from_preset("tiny", vocab_size=258, initializer_range=0.2, **sizes)).double().eval()
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def llama() -> PreTrainedModel:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
     config = AutoConfig.for_model("llama", vocab_size=258, intermediate_size=48, initializer_range=0.2, **sizes)
-    return AutoModelForCausalLM.from_config(config).eval()
+    return AutoModelForCausalLM.from_config(config).double().eval()
 
 
 @torch.no_grad()

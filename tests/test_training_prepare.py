@@ -14,7 +14,8 @@ import torch
 from tnl.cli import main
 from tnl.training import loop, prepare
 from tnl.training.config import DataSettings, ModelSettings, PrepareSettings, TokenizerSettings, TrainSettings
-from tnl.training.data import MixedRows, PackedRows, make_rows, open_prepared, prepare_corpus
+from tnl.training.data import open_prepared, prepare_corpus
+from tnl.training.rows import MixedRows, PackedRows, make_rows
 from tnl.training.tokenizer import TextEncoder, byte_tokenizer
 
 

@@ -21,11 +21,12 @@ from tnl.ops.context_parallel import lightning_attention_context_parallel
 from tnl.slopes import log_decay
 from tnl.training import parallel
 from tnl.training.config import DataSettings, OptimizerSettings, ParallelSettings, PlanSettings
-from tnl.training.data import PackedRows, RowSampler, make_loader, prepare_corpus
+from tnl.training.data import prepare_corpus
 from tnl.training.flops import flops_per_token, matrix_parameters, peak_flops
 from tnl.training.loop import make_optimizer
 from tnl.training.parallel import Ranks
 from tnl.training.plan import estimate, measure
+from tnl.training.rows import PackedRows, RowSampler, make_loader
 from tnl.training.tokenizer import TextEncoder, byte_tokenizer
 
 Row = dict[str, Any]
@@ -81,7 +82,7 @@ FULL = Sizes(
     runs=10,
 )
 TINY = Sizes(
-    lengths=(512, 1024),
+    lengths=(64, 128),
     heads=2,
     width=16,
     training=(Training("tiny", 64, 2, compile=False),),
@@ -89,7 +90,7 @@ TINY = Sizes(
     context=(Training("tiny", 128, context=0, recompute=True, compile=False),),
     mesh=(Training("tiny", 128, context=2, recompute=True, compile=False),),
     overrides={"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48, "num_hidden_layers": 2},
-    runs=3,
+    runs=2,
 )
 
 

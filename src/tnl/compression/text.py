@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tnl.training.config import as_list
-from tnl.training.data import DATASETS_PREFIX, IGNORED, list_files, read_documents
+from tnl.training.data import DATASETS_PREFIX, list_files, read_documents
+from tnl.training.rows import IGNORED
 from tnl.training.tokenizer import TextEncoder
 
 BYTES_PER_TOKEN = 12  # a piece of a document is taken this long, so that it has enough tokens

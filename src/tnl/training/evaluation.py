@@ -30,8 +30,10 @@ from transformers import PreTrainedModel
 
 from tnl.models import TnlForCausalLM
 from tnl.training.config import EvaluationSettings
-from tnl.training.data import IGNORED, TokenStore, TokenWriter, batched, read_documents
+from tnl.training.data import batched, read_documents
 from tnl.training.model import choose_device, load_model
+from tnl.training.rows import IGNORED
+from tnl.training.store import TokenStore, TokenWriter
 from tnl.training.tokenizer import TextEncoder
 
 

@@ -26,24 +26,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tnl.training import parallel
 from tnl.training.checkpoint import Checkpoints, differences, read_record
 from tnl.training.config import OptimizerSettings, TrainSettings, make_folder, require
-from tnl.training.data import (
-    IGNORED,
-    Batch,
-    Corpus,
-    PackedRows,
-    RowSampler,
-    collate,
-    describe_skipped,
-    make_loader,
-    make_rows,
-    prepare_corpus,
-    prepare_tokenizer,
-)
+from tnl.training.data import Corpus, describe_skipped, prepare_corpus, prepare_tokenizer
 from tnl.training.flops import flops_per_token, matrix_parameters, peak_flops
 from tnl.training.model import build_model, fill_model, keeps_documents_apart, save_model
 from tnl.training.parallel import Ranks, join_ranks
 from tnl.training.report import Report, memory_gib
+from tnl.training.rows import IGNORED, Batch, PackedRows, RowSampler, collate, make_loader, make_rows
 from tnl.training.tokenizer import TextEncoder
+
+SECONDS_BETWEEN_PLOTS = 30.0  # a plot takes longer than many a step
 
 
 @dataclass
@@ -136,7 +127,7 @@ def train(settings: TrainSettings) -> Path | None:
                     report.log(dataclasses.asdict(progress) | row)
                 if is_due(step, settings.checkpoint_every, settings.steps) or result.stop:
                     save(run)
-                    report.draw()
+                    report.draw(0.0 if result.stop else SECONDS_BETWEEN_PLOTS)
                 if result.stop and step < settings.steps:
                     run.checkpoints.finish()
                     report.say(f"stopped by a signal after step {step}: go on with --resume")

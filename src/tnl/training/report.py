@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ class Report:
         self.console = Console(stderr=True, quiet=not active)
         self.rows: list[dict[str, Any]] = []
         self._progress: Progress | None = None
+        self._drawn = time.monotonic()
 
     @contextlib.contextmanager
     def started(self, step: int) -> Iterator[None]:
@@ -110,10 +112,12 @@ class Report:
         """Print one line."""
         self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
-    def draw(self) -> None:
-        """Write the plot of the training so far."""
-        if self.active and self.rows:
+    def draw(self, seconds_apart: float = 0.0) -> None:
+        """Write the plot of the training so far, unless the last one was written less than so many seconds ago."""
+        now = time.monotonic()
+        if self.active and self.rows and now - self._drawn >= seconds_apart:
             draw_training(self.rows, self.folder / "training.png")
+            self._drawn = now
 
 
 # name, label, format: what a line on the terminal shows
