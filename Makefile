@@ -41,7 +41,8 @@ $(SERVE_STAMP): pyproject.toml requirements-serve.txt
 	touch $@
 
 test-serve: $(SERVE_STAMP)
-	$(SERVE_BIN)/python -m pytest -m serve tests/test_serving_engine.py tests/test_serving_http.py
+	$(SERVE_BIN)/python -m pytest --numprocesses 2 --dist loadfile -m serve \
+		tests/test_serving_engine.py tests/test_serving_http.py
 
 serve-demo: $(SERVE_STAMP)
 	$(SERVE_BIN)/python -m benchmarks.serving demo
