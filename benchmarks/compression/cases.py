@@ -14,14 +14,14 @@ METHODS: dict[str, Settings] = {  # in the order in which they are wanted
     "SVD, activations": {"method": "svd", "weighting": "activations", "allocation": "uniform", "pinned": False},
     "SVD": {"method": "svd", "weighting": "none", "allocation": "uniform", "pinned": False},
 }
-# What each part of the first method brings: the same without it.
+# What each part of the first method brings: the same with that part changed.
 ABLATIONS: dict[str, Settings] = {
+    "search, orders 3 and 4": {"method": "search", "orders": [3, 4]},
     "search, uniform": {"method": "search", "allocation": "uniform"},
     "search, unpinned": {"method": "search", "pinned": False},
     "search, activations": {"method": "search", "weighting": "activations"},
     "search, plain weights": {"method": "search", "weighting": "none"},
     "search, one each": {"method": "search", "share": False},
-    "search, orders 3 and 4": {"method": "search", "orders": [3, 4]},
 }
 ORIGINAL = "original"
 BUDGETS = (0.5, 0.25, 0.75)
