@@ -270,6 +270,14 @@ def test_page_shows_the_results(name: str, tmp_path: Path, monkeypatch: pytest.M
     assert list(tmp_path.glob("*.png"))
 
 
+def test_page_shows_the_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = plots.PAGE.read_text()
+    monkeypatch.setattr(plots, "PAGE", tmp_path / "quality.md")
+    plots.PAGE.write_text(page)
+    plots.show_instructions(runs.RESULT_FOLDER)
+    assert plots.PAGE.read_text() == page
+
+
 def test_tables_need_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plots, "PAGE", tmp_path / "page.md")
     plots.PAGE.write_text("Text.\n<!-- one -->\nold\n<!-- end -->\nMore.\n")

@@ -115,6 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--passages", type=int, default=100, help="passages of each book to tune on")
     parser.add_argument("--tests", type=int, default=8, help="passages of each book to test with")
     parser.add_argument("--epochs", type=float, default=4, help="passes over those to tune on")
+    parser.add_argument("--batch_size", type=int, default=16, help="passages in a step")
     parser.add_argument(
         "--rates", type=float, nargs=2, default=RATES, metavar=("ALL", "LORA"), help="learning rates of the two ways"
     )
@@ -124,7 +125,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Tune in each way that has no row yet."""
+    """Tune in each way that has no row yet with these settings."""
     if options.plot:
         from benchmarks.language_modelling.plots import show_instructions
 
@@ -142,22 +143,23 @@ def run(options: argparse.Namespace) -> None:
     data.write_text("".join(json.dumps(each) + "\n" for each in tune))
     device = choose_device("auto")
     model, tokenizer = load_model(str(options.model), device, "float32")
-    about: Row = {"parameters": sum(parameter.numel() for parameter in model.parameters()), "books": len(books)}
+    about: Row = {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()), "books": len(books),
+        "examples": len(tune), "tests": len(test), "epochs": options.epochs, "batch_size": options.batch_size,
+    }  # fmt: skip
     before: Row = {}
     for (way, rank), rate in zip(WAYS.items(), options.rates, strict=True):
-        case = about | {"way": way}
+        case = about | {"way": way, "learning_rate": rate}
         if any(all(row[name] == str(value) for name, value in case.items()) for row in read_rows(path)):
             continue
         before = before or {f"{name}_before": value for name, value in scores(model, tokenizer, test).items()}
         folder = options.work / ("lora" if rank else "all")
         began, began_cpu = time.perf_counter(), time.process_time()
-        tuned = finetune(
-            FinetuneSettings(
-                str(options.model), str(data), str(folder), lora_rank=rank, learning_rate=rate, epochs=options.epochs
-            )
+        settings = FinetuneSettings(
+            str(options.model), str(data), str(folder), rank, rate, options.epochs, options.batch_size
         )
+        tuned = finetune(settings)
         took = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - began_cpu}
         after = scores(*load_model(str(tuned), device, "float32"), test)
-        settings = {"learning_rate": rate, "epochs": options.epochs, "examples": len(tune), "tests": len(test)}
-        write_rows(path, [*read_rows(path), case | settings | before | after | took | machine()])
+        write_rows(path, [*read_rows(path), case | before | after | took | machine()])
         CONSOLE.print(f"{way}: {before} before, {after} after, {took['seconds']:.0f} s", highlight=False)

@@ -225,8 +225,8 @@ def plot_recall(output: Path) -> None:
 def show_instructions(output: Path) -> None:
     """The table of fine-tuning, before and after."""
     heads = {
-        "parameters": "parameters", "books": "books", "way": "trained", "learning_rate": "learning rate",
-        "named_before": "named before", "named": "named after", "title_bits_before": "bits of a title before",
-        "title_bits": "bits after", "cpu_seconds": "seconds of CPU",
+        "way": "trained", "batch_size": "batch", "learning_rate": "learning rate", "named_before": "named before",
+        "named": "named after", "title_bits_before": "bits of a title before", "title_bits": "bits after",
+        "cpu_seconds": "seconds of CPU",
     }  # fmt: skip
     publish("instructions", read_rows(output / "instructions.csv"), heads)
