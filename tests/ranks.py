@@ -1,7 +1,6 @@
 """Processes that form a gloo group, for tests of tier T2: forked from a server that has imported what they need."""
 
 import os
-import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -43,10 +42,10 @@ def run_alone(function: Callable[..., None], *arguments: Any) -> None:
 def run_torchrun(processes: int, function: Callable[..., None], *arguments: Any) -> None:
     """As :func:`run_ranks`, with the environment that torchrun makes in place of a process group."""
     mp.set_forkserver_preload(PRELOADED)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    mp.start_processes(_start, (processes, port, function, arguments), nprocs=processes, start_method="forkserver")
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # a port that is free, and stays ours
+    mp.start_processes(
+        _start, (processes, store.port, function, arguments), nprocs=processes, start_method="forkserver"
+    )
 
 
 def _call(_: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
@@ -58,6 +57,7 @@ def _start(rank: int, ranks: int, port: int, function: Callable[..., None], argu
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     function(*arguments)
 
 

@@ -123,7 +123,7 @@ def test_within_a_tenth_of_what_was_measured() -> None:
             "tensor: expected a divisor of the 4",
         ),
         (["1b", "8", "--overrides", "{widht: 4}"], "overrides: .*widht"),
-        (["1b", "many"], "gpus element 0: expected int, got many"),
+        (["1b", "many"], "gpus element 1: expected int, got many"),
         (
             ["1b", "8", "--sequence_length", "100", "--context", "8"],
             "sequence_length: expected a multiple of context, 8",
