@@ -48,6 +48,24 @@ def test_all_weights_learn_to_answer(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "adapter").exists()
 
 
+@pytest.mark.parametrize("rank", ["0", "4"])
+def test_the_loss_is_that_of_the_answers(
+    folder: Path, tmp_path: Path, rank: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trl import SFTTrainer
+
+    plain, seen = SFTTrainer.compute_loss, set()
+
+    def compute_loss(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **options: Any) -> Any:
+        for row in inputs["labels"].tolist():
+            seen.add(byte_tokenizer().decode([token for token in row if token != -100]))
+        return plain(self, model, inputs, *args, **options)
+
+    monkeypatch.setattr(SFTTrainer, "compute_loss", compute_loss)
+    run(folder, tmp_path, "--epochs", "0.1", "--lora_rank", rank)
+    assert seen == {f"{answer}<|endoftext|>" for answer in ANSWERS.values()}
+
+
 def test_lora_trains_adapters_and_merges_them(folder: Path, tmp_path: Path) -> None:
     run(folder, tmp_path, "--lora_rank", "4", "--learning_rate", "1e-2", "--epochs", "2")
     adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")

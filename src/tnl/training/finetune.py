@@ -54,6 +54,7 @@ def finetune(settings: FinetuneSettings) -> Path:
         lr_scheduler_type="cosine",
         num_train_epochs=settings.epochs,
         max_length=settings.longest,
+        completion_only_loss=True,  # else the mask of answers is left aside
         logging_steps=10,
         save_strategy="no",
         report_to=[],
