@@ -44,8 +44,8 @@ def test_steps_have_the_logits_of_the_whole(
     fused: bool, rows: int, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if fused:
-        kernels = pytest.importorskip("tnl.ops.decode_triton")
-        monkeypatch.setattr(kernels, "FEW_PROGRAMS", 1)  # the interpreter runs one after another
+        pytest.importorskip("triton")  # only where it is not installed may the kernels be missing
+        monkeypatch.setattr("tnl.ops.decode_triton.FEW_PROGRAMS", 1)  # the interpreter runs one after another
     model, tokens = small_model(DEVICE, **changes), random_tokens(rows, 6, DEVICE)
     with torch.no_grad():
         wanted = model(tokens).logits[:, 2:]
