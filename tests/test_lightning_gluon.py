@@ -24,7 +24,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 from tnl.ops import lightning_gluon
 
-kernel, values = json.loads(sys.argv[1])
+kernel, warps, values = json.loads(sys.argv[1])
 kernel = getattr(lightning_gluon, kernel)
 signature, constants = {}, {}
 for index, parameter in enumerate(kernel.params):
@@ -47,28 +47,32 @@ for index, parameter in enumerate(kernel.params):
     else:
         signature[name] = "i32"
 source = GluonASTSource(kernel, signature, constants)
-compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
 print(compiled.metadata.shared, compiled.asm["ptx"].count("wgmma.mma_async"))
 """
 CONSTANTS = {
     "TRANSPOSED": False, "HAS_INITIAL": False, "STORE_FINAL": False, "HAS_DFINAL": False, "PACKED": False,
-    "SPLIT": False, "NEED_DQ": True, "PRECISION": "tf32", "BLOCK_T": 64, "BLOCK_D": 128, "BLOCK_E": 128, "BLOCK_C": 64,
+    "SPLIT": False, "NEED_DQ": True, "PRECISION": "tf32", "BLOCK_T": 64,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("kernel", "decay", "products"), [("_forward_kernel", 1, 24), ("_backward_kernel", 2, 3 * 24)], ids=str
-)
-def test_compiles_without_a_gpu(kernel: str, decay: int, products: int) -> None:
-    values = CONSTANTS | {"DECAY": decay, "NEED_DIFFERENCE": decay == 2}
+@pytest.mark.parametrize(("width", "products"), [(128, 24), (256, 40)], ids=str)
+@pytest.mark.parametrize(("kernel", "decay", "walks"), [("_forward_kernel", 1, 1), ("_backward_kernel", 2, 3)], ids=str)
+def test_compiles_without_a_gpu(kernel: str, decay: int, walks: int, width: int, products: int) -> None:
+    warps = width // 32
+    values = CONSTANTS | {"DECAY": decay, "NEED_DIFFERENCE": decay == 2, "BLOCK_C": width // 2}
+    values |= {"BLOCK_D": width, "BLOCK_E": width}
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-c", COMPILE, json.dumps([kernel, values])], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", COMPILE, json.dumps([kernel, warps, values])],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr[-2000:]
     shared, asked = map(int, run.stdout.split())
-    assert 2 * (shared + 1024) <= 227 * 1024, "two programs have room on a multiprocessor"
-    assert asked == products
+    assert 8 // warps * (shared + 1024) <= 228 * 1024, "so many programs have room on a multiprocessor"
+    assert asked == walks * products
 
 
 def test_is_chosen_on_hopper_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,13 +90,16 @@ def test_is_chosen_on_hopper_only(monkeypatch: pytest.MonkeyPatch) -> None:
         split: bool = False,
     ) -> bool:
         kernels = lightning_triton.choose_kernels.__wrapped__(D, E, dtype, device, backward, per_token, split)
-        assert kernels in (lightning_triton.IN_TRITON, import_module("tnl.ops.lightning_gluon").IN_GLUON)
+        module = import_module("tnl.ops.lightning_gluon")
+        assert kernels in (lightning_triton.IN_TRITON, module.IN_GLUON_WIDE if max(D, E) > 128 else module.IN_GLUON)
         return kernels is not lightning_triton.IN_TRITON
 
     assert all((in_gluon(), in_gluon(80, 64, torch.float16), in_gluon(per_token=True), in_gluon(backward=True)))
+    assert all((in_gluon(256, 256), in_gluon(192, 256), in_gluon(256, 128, backward=True), in_gluon(64, 256)))
     slower = (in_gluon(split=True), in_gluon(64, 64, backward=True), in_gluon(backward=True, per_token=True))
     assert not any(slower)
-    assert not any((in_gluon(device=cpu), in_gluon(dtype=torch.float32), in_gluon(E=256), in_gluon(D=32)))
+    assert not in_gluon(256, backward=True, split=True)
+    assert not any((in_gluon(device=cpu), in_gluon(dtype=torch.float32), in_gluon(E=512), in_gluon(D=32)))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     assert not in_gluon()
 
@@ -107,6 +114,9 @@ def test_is_chosen_on_hopper_only(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         Case(T=700, Hq=4, H=2, D=128, E=128),
         Case(B=1, T=777, Hq=4, H=2, D=112, E=80, bounds=(0, 137, 137, 420, 777)),
+        Case(T=700, Hq=4, H=2, D=256, E=256),
+        Case(B=1, T=777, Hq=4, H=2, D=256, E=128, bounds=(0, 137, 137, 420, 777)),
+        Case(B=1, T=777, Hq=4, H=2, D=96, E=200, bounds=(0, 137, 137, 420, 777)),
     ],
     ids=str,
 )
@@ -119,8 +129,8 @@ def test_gpu_walk(
     nan_filled_memory: None,
 ) -> None:
     """Whole, cut with a short first segment, and cut into equal ones."""
-    choose, gluon = lightning_triton.choose_kernels, import_module("tnl.ops.lightning_gluon").IN_GLUON
-    assert choose(case.D, case.E, dtype, torch.device("cuda", 0), False, False, False) is gluon
+    gluon = lightning_triton.choose_kernels(case.D, case.E, dtype, torch.device("cuda", 0), False, False, False)
+    assert gluon is not lightning_triton.IN_TRITON
     monkeypatch.setattr(lightning_triton, "choose_kernels", lambda *_: gluon)  # where it is not quicker too
     monkeypatch.setattr(tiling_triton, "cut_sequence", lambda tokens, *_: segments or (tokens, tokens))
     monkeypatch.setattr(lightning_triton, "_plans", {})

@@ -133,10 +133,13 @@ def _walk(
     num_warps: gl.constexpr = gl.num_warps()
     acc_state: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_K, 16])
     acc_out: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_T, 16])
+    groups: gl.constexpr = num_warps // 4  # of warps: each has queries of its own in the scores
+    acc_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, groups], [16, BLOCK_T // groups, 16])
     from_state: gl.constexpr = gl.DotOperandLayout(0, acc_out, 2)
     from_z: gl.constexpr = gl.DotOperandLayout(0, acc_state, 2)
-    of_query: gl.constexpr = gl.SliceLayout(0, acc_out)
-    of_key: gl.constexpr = gl.SliceLayout(1, acc_out)
+    of_out: gl.constexpr = gl.SliceLayout(0, acc_out)
+    of_query: gl.constexpr = gl.SliceLayout(0, acc_scores)
+    of_key: gl.constexpr = gl.SliceLayout(1, acc_scores)
     written: gl.constexpr = gl.SliceLayout(0, from_z)
     whole: gl.constexpr = gl.BlockedLayout([BLOCK_T // 32], [32], [num_warps], [0])
     stored: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (BLOCK_C // 8), BLOCK_C // 8], [num_warps, 1], [1, 0])
@@ -167,6 +170,7 @@ def _walk(
     else:
         a_smem = z_smem
     pad = gl.allocate_shared_memory(dtype, [BLOCK_T, BLOCK_C], wide_tile)
+    scores_smem = pad if BLOCK_C == BLOCK_T else gl.allocate_shared_memory(dtype, [BLOCK_T, BLOCK_T], wide_tile)
     ready = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(BUFFERS):
         mbarrier.init(ready.index(i), count=1)
@@ -241,8 +245,10 @@ def _walk(
 
     query = gl.arange(0, BLOCK_T, of_query)
     key = gl.arange(0, BLOCK_T, of_key)
+    reader = gl.arange(0, BLOCK_T, of_out)
     token = gl.arange(0, BLOCK_T, written)
     zero = gl.zeros([BLOCK_C, BLOCK_T], gl.float32, acc_out)
+    no_scores = gl.zeros([BLOCK_T, BLOCK_T], gl.float32, acc_scores)
     seen = key[:, None] >= query[None, :] if REVERSE else key[:, None] <= query[None, :]
     if DECAY == 2:
         total = _totals(LOG_DECAY, first, length - first, decay_stride, BLOCK_T, whole)
@@ -261,17 +267,18 @@ def _walk(
             last = gl.min(total, 0)
             of_q = gl.convert_layout(total, of_query)
             of_k = gl.convert_layout(total, of_key)
+            of_r = gl.convert_layout(total, of_out)
             of_w = gl.convert_layout(total, written)
-            read = gl.exp(last - of_q) if REVERSE else gl.exp(of_q) * scale
+            read = gl.exp(last - of_r) if REVERSE else gl.exp(of_r) * scale
             write = gl.exp(of_w) * scale if REVERSE else gl.exp(last - of_w)
         else:
             count = gl.minimum(left, BLOCK_T)
             last = rate * count
             if REVERSE:
-                read = gl.exp(rate * gl.maximum(count - 1 - query, 0))
+                read = gl.exp(rate * gl.maximum(count - 1 - reader, 0))
                 write = gl.exp(rate * (token + 1)) * scale
             else:
-                read = gl.exp(rate * (query + 1)) * scale
+                read = gl.exp(rate * (reader + 1)) * scale
                 write = gl.exp(rate * gl.maximum(count - 1 - token, 0))
         small = state
         shrink = 1.0
@@ -281,7 +288,7 @@ def _walk(
             small = state * shrink
         mbarrier.wait(bar, (turn // BUFFERS) & 1)
         inter = warpgroup_mma(gl.convert_layout(small.to(dtype), from_state), x, zero, use_acc=False, is_async=True)
-        scores = warpgroup_mma(y, x, zero, use_acc=False, is_async=True)
+        scores = warpgroup_mma(y, x, no_scores, use_acc=False, is_async=True)
         zw = (z.permute((1, 0)).load(from_z).to(gl.float32) * write[None, :]).to(dtype)
         if DECAY == 2:
             gap = of_k[:, None] - of_q[None, :] if REVERSE else of_q[None, :] - of_k[:, None]
@@ -290,16 +297,16 @@ def _walk(
         inter = warpgroup_mma_wait(1, deps=[inter])
         out = inter * (read * (1.0 / shrink))[None, :]
         scores = warpgroup_mma_wait(0, deps=[scores])
-        pad.store((scores * mask).to(dtype))
+        scores_smem.store((scores * mask).to(dtype))
         fence_async_shared()
-        out = warpgroup_mma(z.permute((1, 0)), pad, out, is_async=True)
+        out = warpgroup_mma(z.permute((1, 0)), scores_smem, out, is_async=True)
         state = warpgroup_mma(zw, y, state + state * _loss(last), is_async=True)
         out = warpgroup_mma_wait(1, deps=[out])
         pad.permute((1, 0)).store(out.to(dtype))
         if NEED_DIFFERENCE:
             against = a_smem.index(slot).reshape([BLOCK_T, BLOCK_C]).permute((1, 0)).load(acc_out)
             difference = gl.sum(out * against.to(gl.float32), 0)
-            gl.store(DIFFERENCE + (begin + at).to(gl.int64) + query, difference, at + query < length)
+            gl.store(DIFFERENCE + (begin + at).to(gl.int64) + reader, difference, at + reader < length)
         tile = pad.load(stored)
         rows = gl.arange(0, BLOCK_T, gl.SliceLayout(1, stored))
         across = column + gl.arange(0, BLOCK_C, gl.SliceLayout(0, stored))
@@ -363,5 +370,7 @@ def _describe_tokens(x: Tensor, tokens: int, width: int, packed: bool) -> Tensor
     return descriptor
 
 
-# Columns as in Triton for these widths, so a sequence is cut alike.
+# Columns as in Triton for widths up to 128, so a sequence is cut alike. For wider ones, more columns, so that fewer
+# programs read what a head's programs read in common; a multiprocessor has room for one such program.
 IN_GLUON = Kernels(_forward_kernel, _backward_kernel, _describe_tokens, Tiles(64, 64, 4, BUFFERS.value))
+IN_GLUON_WIDE = IN_GLUON._replace(tiles=Tiles(64, 128, 8, BUFFERS.value))

@@ -39,7 +39,7 @@ from tnl.ops.launch_triton import (
     launch_kernel,
     pointer_or,
 )
-from tnl.ops.tiling_triton import Tiles, ceil_div, choose_tiles, cut_tokens, padded_width, product_precision
+from tnl.ops.tiling_triton import Cut, Tiles, ceil_div, choose_tiles, cut_tokens, padded_width, product_precision
 
 RANKED: tl.constexpr = tl.constexpr(16)  # so many packed sequences are sorted by length; more even out by themselves
 FADED: tl.constexpr = tl.constexpr(120.0)  # exp(-120) is 0 in float32, even times 1e6
@@ -416,8 +416,13 @@ def choose_kernels(
 
     With a cut sequence forward, and backwards with a decay a token or narrow heads, they were not (H200).
     """
-    widths = {padded_width(D), padded_width(E)}
-    quicker = widths <= {128} and not per_token if backward else widths <= {64, 128} and not split
+    narrow, wide = sorted((padded_width(D), padded_width(E)))
+    if wide == 256:
+        quicker = narrow >= 64 and not split
+    elif backward:
+        quicker = narrow == wide == 128 and not per_token
+    else:
+        quicker = narrow >= 64 and wide <= 128 and not split
     if (
         quicker
         and dtype in (torch.float16, torch.bfloat16)
@@ -426,10 +431,28 @@ def choose_kernels(
         and not interpreted()
         and triton.__version__.startswith(KNOWN)
     ):
-        from tnl.ops.lightning_gluon import IN_GLUON
+        from tnl.ops.lightning_gluon import IN_GLUON, IN_GLUON_WIDE
 
-        return IN_GLUON
+        return IN_GLUON_WIDE if wide == 256 else IN_GLUON
     return IN_TRITON
+
+
+def _lay_out(
+    q: Tensor, E: int, cu_seqlens: Tensor | None, decay: int, exact: bool, walks: tuple[int, int] | None
+) -> tuple[Kernels, Tiles, Cut]:
+    """Kernels, tiles and cut of a launch: forward, or backwards with so many passes over columns of D and of E."""
+    D = q.shape[-1]
+    backward = walks is not None
+    d_walks, e_walks = walks or (0, 1)
+    for split in (False, True):
+        kernels = choose_kernels(D, E, q.dtype, q.device, backward, decay == 2, split)
+        rows, columns = (max(D, E), max(D, E)) if backward else (D, E)
+        tiles = kernels.tiles or choose_tiles(rows, columns, q.dtype, backward, decay == 2, exact)
+        programs = d_walks * ceil_div(D, tiles.columns) + e_walks * ceil_div(E, tiles.columns)
+        cut = cut_tokens(q, cu_seqlens, programs, decay == 1)
+        if not cut.split:
+            break
+    return kernels, tiles, cut
 
 
 def _decay_form(log_decay: Tensor | None) -> tuple[Tensor | None, int]:
@@ -457,11 +480,8 @@ class _Plan:
         tokens, heads, D = q.shape[1:]
         E = v.shape[-1]
         decay = 0 if log_decay is None else 1 if log_decay.dim() == 1 else 2
-        tiles = choose_tiles(D, E, q.dtype, False, decay == 2, precision == "ieee")
+        self.kernels, tiles, cut = _lay_out(q, E, cu_seqlens, decay, precision == "ieee", None)
         blocks = ceil_div(E, tiles.columns)
-        cut = cut_tokens(q, cu_seqlens, blocks, decay == 1)
-        self.kernels = choose_kernels(D, E, q.dtype, q.device, False, decay == 2, cut.split)
-        tiles = self.kernels.tiles or tiles
         self.programs = cut.items * heads * blocks
         self.out = (*q.shape[:3], E)
         matrix = (E, D) if transposed else (D, E)
@@ -569,11 +589,10 @@ def backward(
     E, kv_heads = v.shape[-1], k.shape[2]
     log_decay, decay = _decay_form(log_decay)
     precision = product_precision(q.dtype)
-    kernels = choose_kernels(D, E, q.dtype, q.device, True, decay == 2, False)
-    tiles = kernels.tiles or choose_tiles(max(D, E), max(D, E), q.dtype, True, decay == 2, precision == "ieee")
+    walks = (2 if need_dq else 1, 1)
+    kernels, tiles, cut = _lay_out(q, E, cu_seqlens, decay, precision == "ieee", walks)
     d_blocks, e_blocks = ceil_div(D, tiles.columns), ceil_div(E, tiles.columns)
-    blocks = (2 if need_dq else 1) * d_blocks + e_blocks
-    cut = cut_tokens(q, cu_seqlens, blocks, decay == 1)
+    blocks = walks[0] * d_blocks + e_blocks
     dq, dk, dv = (
         torch.empty(batch, tokens, heads, width, dtype=q.dtype, device=q.device) for width in (D * need_dq, D, E)
     )
