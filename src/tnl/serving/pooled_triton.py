@@ -3,17 +3,19 @@
 Dimensions: N tokens laid end to end, R requests, H heads, D key width, E value width, P rows of a pool.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tnl.ops.launch_triton import aligned, describe_tokens, launch_kernel, pointer_or
+from tnl.ops.launch_triton import aligned, launch_kernel, pointer_or
 from tnl.ops.lightning_step_triton import _step_kernel, choose_step_tiles
-from tnl.ops.lightning_triton import _decay_form, _locate, _walk
+from tnl.ops.lightning_triton import IN_TRITON, Kernels, _decay_form, _locate, _walk, choose_kernels
 from tnl.ops.tiling_triton import Tiles, ceil_div, choose_tiles, cut_tokens, padded_width, product_precision
 from tnl.serving.pooled import PooledStep
 
@@ -30,11 +32,14 @@ def choose_prefill_tiles(parts: int, width: int, dtype: torch.dtype, exact: bool
     return replace(tiles, stages=2) if longest <= SHORT else tiles
 
 
-@triton.jit(do_not_specialize=["T", "H", "sequences", "segment", "lead", "per_sequence", "items"])
+RUN_TIME = ["T", "H", "sequences", "segment", "lead", "per_sequence", "items"]
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
 def _prefill_kernel(
     Q, K, V, OUT, LOG_DECAY, POOL, SECOND_POOL, ROWS, SECOND_ROWS, CU_SEQLENS, ORDER, FLAGS,
-    T, H, sequences, segment, lead, per_sequence, items, pool_row, out_token, D, E,
-    PARTS: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    T, H, sequences, segment, lead, per_sequence, items, pool_row, out_token,
+    D: tl.constexpr, E: tl.constexpr, PARTS: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """As the forward kernel of :mod:`tnl.ops.lightning_triton`, whose order of programs it has.
@@ -76,6 +81,27 @@ def _prefill_kernel(
     )  # fmt: skip
 
 
+@functools.lru_cache
+def _kernel_in_gluon() -> Any:
+    """The prefill's kernel around the operator's walk in Gluon."""
+    from triton.experimental import gluon
+
+    from tnl.ops.lightning_gluon import _around, _locate, _walk
+
+    return gluon.jit(_around(_prefill_kernel.fn, _walk=_walk, _locate=_locate), do_not_specialize=RUN_TIME)
+
+
+def choose_prefill_kernel(
+    parts: int, width: int, dtype: torch.dtype, device: torch.device, split: bool
+) -> tuple[Any, Kernels]:
+    """The kernel, and the operator's kernels whose walk it is around: those of a forward call alike.
+
+    Two pools, whose states are one to the walk, are for the walk in Triton: in Gluon it has addresses of its own form.
+    """
+    kernels = choose_kernels(width, width, dtype, device, False, False, split) if parts == 1 else IN_TRITON
+    return _prefill_kernel if kernels is IN_TRITON else _kernel_in_gluon(), kernels
+
+
 def prefill(
     query: Tensor,
     key: Tensor,
@@ -102,18 +128,20 @@ def prefill(
     log_decay, decay = _decay_form(log_decay)
     precision = product_precision(q.dtype)
     tiles = choose_prefill_tiles(len(pools), E, q.dtype, precision == "ieee", steps[0].longest_prefill)
-    blocks = ceil_div(E, tiles.columns)
     bounds, order, rows = steps[0].prefill_bounds, steps[0].prefill_order, [step.prefill_rows for step in steps]
     # One request alone is cut over the whole GPU, and read as a row of its own.
-    cut = cut_tokens(q, bounds if len(order) > 1 else None, blocks, decay == 1)
+    cut = cut_tokens(q, bounds if len(order) > 1 else None, ceil_div(E, tiles.columns), decay == 1)
+    kernel, kernels = choose_prefill_kernel(len(pools), E, q.dtype, q.device, cut.split)
+    tiles = kernels.tiles or tiles
+    blocks = ceil_div(E, tiles.columns)
     flags = None
     if cut.split:
         flags = torch.zeros(1 + cut.sequences * heads * blocks, dtype=torch.int32, device=q.device)
     block_d, block_c = padded_width(D), tiles.columns
     launch_kernel(
-        _prefill_kernel, cut.items * heads * blocks,
+        kernel, cut.items * heads * blocks,
         tuple(
-            describe_tokens(x, tiles.tokens, width, cut.packed)
+            kernels.describe(x, tiles.tokens, width, cut.packed)
             for x, width in ((q, block_d), (k, block_d), (v, block_c))
         ),
         (
@@ -121,8 +149,8 @@ def prefill(
             pointer_or(flags, output),
         ),
         (tokens, heads, cut.sequences, cut.segment, cut.lead, cut.per_sequence, cut.items),
-        (pools[0].stride(0), output.stride(0), D, E),
-        (len(pools), decay, cut.packed, cut.split, precision, tiles.tokens, block_d, block_c),
+        (pools[0].stride(0), output.stride(0)),
+        (D, E, len(pools), decay, cut.packed, cut.split, precision, tiles.tokens, block_d, block_c),
         tiles,
     )  # fmt: skip
 
