@@ -39,8 +39,8 @@ RUN_TIME = ["T", "H", "sequences", "segment", "lead", "per_sequence", "items"]
 def _prefill_kernel(
     Q, K, V, OUT, LOG_DECAY, POOL, SECOND_POOL, ROWS, SECOND_ROWS, CU_SEQLENS, ORDER, FLAGS,
     T, H, sequences, segment, lead, per_sequence, items, pool_row, out_token,
-    D: tl.constexpr, E: tl.constexpr, PARTS: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, PARTS: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """As the forward kernel of :mod:`tnl.ops.lightning_triton`, whose order of programs it has.
 
