@@ -16,7 +16,7 @@ from torch import Tensor
 from tnl.ops.launch_triton import aligned, launch_kernel, pointer_or
 from tnl.ops.lightning_step_triton import _step_kernel, choose_step_tiles
 from tnl.ops.lightning_triton import IN_TRITON, Kernels, _decay_form, _locate, _walk, choose_kernels
-from tnl.ops.tiling_triton import Tiles, ceil_div, choose_tiles, cut_tokens, padded_width, product_precision
+from tnl.ops.tiling_triton import Cut, Tiles, ceil_div, choose_tiles, cut_tokens, padded_width, product_precision
 from tnl.serving.pooled import PooledStep
 
 SHORT = 512  # tokens of a prefill up to which the time is that of reading and writing states
@@ -96,10 +96,25 @@ def choose_prefill_kernel(
 ) -> tuple[Any, Kernels]:
     """The kernel, and the operator's kernels whose walk it is around: those of a forward call alike.
 
-    Two pools, whose states are one to the walk, are for the walk in Triton: in Gluon it has addresses of its own form.
+    Two pools, whose rows are one state to the walk, are for the walk in Triton: in Gluon its addresses have a layout.
     """
     kernels = choose_kernels(width, width, dtype, device, False, False, split) if parts == 1 else IN_TRITON
     return _prefill_kernel if kernels is IN_TRITON else _kernel_in_gluon(), kernels
+
+
+def _lay_out(
+    q: Tensor, E: int, step: PooledStep, parts: int, decay: int, exact: bool
+) -> tuple[Any, Kernels, Tiles, Cut]:
+    """Kernel, whose walk it is around, tiles and cut of a prefill of ``q [1, N, H, D]``."""
+    # One request alone is cut over the whole GPU, and read as a row of its own.
+    bounds = step.prefill_bounds if len(step.prefill_order) > 1 else None
+    for split in (False, True):
+        kernel, kernels = choose_prefill_kernel(parts, E, q.dtype, q.device, split)
+        tiles = kernels.tiles or choose_prefill_tiles(parts, E, q.dtype, exact, step.longest_prefill)
+        cut = cut_tokens(q, bounds, ceil_div(E, tiles.columns), decay == 1)
+        if not cut.split:
+            break
+    return kernel, kernels, tiles, cut
 
 
 def prefill(
@@ -127,13 +142,9 @@ def prefill(
     E = v.shape[-1]
     log_decay, decay = _decay_form(log_decay)
     precision = product_precision(q.dtype)
-    tiles = choose_prefill_tiles(len(pools), E, q.dtype, precision == "ieee", steps[0].longest_prefill)
-    bounds, order, rows = steps[0].prefill_bounds, steps[0].prefill_order, [step.prefill_rows for step in steps]
-    # One request alone is cut over the whole GPU, and read as a row of its own.
-    cut = cut_tokens(q, bounds if len(order) > 1 else None, ceil_div(E, tiles.columns), decay == 1)
-    kernel, kernels = choose_prefill_kernel(len(pools), E, q.dtype, q.device, cut.split)
-    tiles = kernels.tiles or tiles
+    kernel, kernels, tiles, cut = _lay_out(q, E, steps[0], len(pools), decay, precision == "ieee")
     blocks = ceil_div(E, tiles.columns)
+    bounds, order, rows = steps[0].prefill_bounds, steps[0].prefill_order, [step.prefill_rows for step in steps]
     flags = None
     if cut.split:
         flags = torch.zeros(1 + cut.sequences * heads * blocks, dtype=torch.int32, device=q.device)
