@@ -1,12 +1,19 @@
-"""Steps of a server on pooled states against the operator on whole texts. Tiers T0, T1 (or the kernels on a GPU)."""
+"""Steps of a server on pooled states against the operator on whole texts. Tiers T0, T1 (on a GPU the kernels), T3."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tnl.ops import lightning_attention
+from tests.numerics import assert_as_good_as_eager, eager
+from tnl.ops import lightning_attention, lightning_triton
 from tnl.serving.pooled import PooledStep, attend
 
 HEADS, WIDTH, ROWS = 2, 16, 12
@@ -137,3 +144,141 @@ def test_half_precision_with_two_pools_is_rounded_once(dtype: torch.dtype, backe
         attend([empty] * 2, q[t : t + 1], k[t : t + 1], v[t : t + 1], DECAY, pools, output[t : t + 1], backend)
     half_a_unit = torch.finfo(dtype).eps / 2
     assert ((output.double() - exact).abs() <= 1.01 * half_a_unit * exact.abs() + 1e-5).all()
+
+
+def check_prefill(
+    heads: int, width: int, lengths: tuple[int, ...], log_decay: Tensor | None, dtype: torch.dtype
+) -> None:
+    """Output and states of one prefill by the rule of the operator's tests; no other row of the pool is touched."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    tokens, requests = sum(lengths), len(lengths)
+    q, k, v = (torch.randn(tokens, heads, width, generator=generator).to(dtype) for _ in range(3))
+    pool = torch.full((2 * requests + 1, heads, width, width), torch.nan)
+    rows = torch.randperm(len(pool), generator=generator)[:requests]
+    states = torch.randn(requests, heads, width, width, generator=generator)
+    pool[rows] = states
+    output = torch.full_like(v, torch.nan)
+    nothing = torch.tensor([], dtype=torch.int32)
+    attend([PooledStep.of(nothing, rows, torch.tensor(lengths, device="cpu"))], q, k, v, log_decay, [pool], output,
+           "triton")  # fmt: skip
+    bounds = torch.tensor([0, *accumulate(lengths)])
+    o, final = eager(q[None], k[None], v[None], log_decay, 1.0, states, bounds)
+    exact, exact_final = lightning_attention(
+        q[None].double(), k[None].double(), v[None].double(), None if log_decay is None else log_decay.double(),
+        initial_state=states.double(), return_final_state=True, cu_seqlens=bounds, backend="torch",
+    )  # fmt: skip
+    assert exact_final is not None
+    assert_as_good_as_eager(
+        {"o": output, "final_state": pool[rows]}, {"o": o[0], "final_state": final},
+        {"o": exact[0], "final_state": exact_final}, dtype,
+    )  # fmt: skip
+    assert pool[[i for i in range(len(pool)) if i not in rows.tolist()]].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("lengths", [(100,), (70, 1, 64, 20)], ids=["alone", "packed"])
+def test_prefill_is_as_good_as_eager(lengths: tuple[int, ...], dtype: torch.dtype) -> None:
+    check_prefill(HEADS, WIDTH, lengths, DECAY, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decay", ["none", "head"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize(
+    ("heads", "lengths", "cut"),
+    [
+        (17, (1, 700, 64, 1, 130, 2000, 65, 300), False),
+        (5, tuple(range(1, 30)), False),
+        (72, (2000,), False),
+        (4, (3000,), True),
+    ],
+    ids=["mixed", "short", "alone", "alone, cut"],
+)
+def test_gpu_prefill(
+    heads: int,
+    lengths: tuple[int, ...],
+    cut: bool,
+    width: int,
+    dtype: torch.dtype,
+    decay: str,
+    monkeypatch: pytest.MonkeyPatch,
+    nan_filled_memory: None,
+) -> None:
+    """On a Hopper GPU around the walk in Gluon, but where a sequence is cut."""
+    from tnl.serving import pooled_triton
+
+    launch, launched = pooled_triton.launch_kernel, []
+
+    def spy(kernel: Any, *arguments: Any) -> None:
+        launched.append(kernel)
+        launch(kernel, *arguments)
+
+    monkeypatch.setattr(pooled_triton, "launch_kernel", spy)
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    log_decay = -torch.rand(heads, generator=generator).square() if decay == "head" else None
+    check_prefill(heads, width, lengths, log_decay, dtype)
+    assert launched == [pooled_triton.choose_prefill_kernel(1, width, dtype, torch.device(DEVICE, 0), cut)[0]]
+
+
+def test_walk_in_gluon_where_the_operator_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tnl.serving import pooled_triton
+
+    gluon = lightning_triton.IN_TRITON._replace(tiles=lightning_triton.Tiles(64, 64, 4, 2))
+    monkeypatch.setattr(
+        pooled_triton, "choose_kernels", lambda *arguments: lightning_triton.IN_TRITON if arguments[-1] else gluon
+    )
+
+    def chosen(parts: int, split: bool) -> lightning_triton.Kernels:
+        kernel, kernels = pooled_triton.choose_prefill_kernel(parts, 128, torch.bfloat16, torch.device(DEVICE), split)
+        assert (kernel is pooled_triton._prefill_kernel) == (kernels is lightning_triton.IN_TRITON)
+        return kernels
+
+    assert chosen(1, False) is gluon
+    assert chosen(1, True) is chosen(2, False) is lightning_triton.IN_TRITON
+
+
+# As in test_lightning_gluon.py: what a Hopper GPU would compile.
+COMPILE = """
+import json, sys, triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+from tnl.serving import pooled_triton
+
+kernel, values = pooled_triton._kernel_in_gluon(), json.loads(sys.argv[1])
+signature, constants, attributes = {}, {}, {}
+for index, parameter in enumerate(kernel.params):
+    name = parameter.name
+    if parameter.is_constexpr:
+        signature[name], constants[index,] = "constexpr", values[name]
+        continue
+    if name in ("Q", "K", "V"):
+        block = [1, 1, 1, 64, values["BLOCK_C" if name == "V" else "BLOCK_D"]]
+        layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
+        signature[name] = f"tensordesc<bf16{block},{layout!r}>"
+        continue
+    types = {"OUT": "*bf16", "LOG_DECAY": "*fp32", "POOL": "*fp32", "SECOND_POOL": "*fp32", "ROWS": "*i64"}
+    types |= {"SECOND_ROWS": "*i64", "CU_SEQLENS": "*i32", "ORDER": "*i32", "FLAGS": "*i32"}
+    signature[name] = types.get(name, "i32")
+    if name not in pooled_triton.RUN_TIME:
+        attributes[index,] = [["tt.divisibility", 16]]
+source = GluonASTSource(kernel, signature, constants, attributes)
+compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+print(compiled.metadata.shared, compiled.asm["ptx"].count("wgmma.mma_async"))
+"""
+
+
+def test_walk_in_gluon_compiles_without_a_gpu() -> None:
+    values = {
+        "D": 128, "E": 128, "PARTS": 1, "DECAY": 1, "PACKED": True, "SPLIT": False, "PRECISION": "tf32",
+        "BLOCK_T": 64, "BLOCK_D": 128, "BLOCK_C": 64,
+    }  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILE, json.dumps(values)], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    shared, products = map(int, run.stdout.split())
+    assert 2 * (shared + 1024) <= 227 * 1024, "two programs have room on a multiprocessor"
+    assert products == 24
