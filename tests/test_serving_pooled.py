@@ -184,7 +184,7 @@ def test_prefill_is_as_good_as_eager(lengths: tuple[int, ...], dtype: torch.dtyp
 @pytest.mark.gpu
 @pytest.mark.parametrize("decay", ["none", "head"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("width", [64, 128, 256])
 @pytest.mark.parametrize(
     ("heads", "lengths", "cut"),
     [
@@ -225,9 +225,7 @@ def test_walk_in_gluon_where_the_operator_takes_it(monkeypatch: pytest.MonkeyPat
     from tnl.serving import pooled_triton
 
     gluon = lightning_triton.IN_TRITON._replace(tiles=lightning_triton.Tiles(64, 64, 4, 2))
-    monkeypatch.setattr(
-        pooled_triton, "choose_kernels", lambda *arguments: lightning_triton.IN_TRITON if arguments[-1] else gluon
-    )
+    monkeypatch.setattr(pooled_triton, "choose_kernels", lambda *_: (gluon, lightning_triton.IN_TRITON))
 
     def chosen(parts: int, split: bool) -> lightning_triton.Kernels:
         kernel, kernels = pooled_triton.choose_prefill_kernel(parts, 128, torch.bfloat16, torch.device(DEVICE), split)
