@@ -79,29 +79,50 @@ def test_is_chosen_on_hopper_only(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     monkeypatch.setattr(lightning_triton, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    module = import_module("tnl.ops.lightning_gluon")
+    names = {lightning_triton.IN_TRITON: "triton", module.IN_GLUON: "gluon", module.IN_GLUON_WIDE: "wide"}
 
-    def in_gluon(
+    def options(
         D: int = 128,
         E: int = 128,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device = gpu,
         backward: bool = False,
         per_token: bool = False,
-        split: bool = False,
-    ) -> bool:
-        kernels = lightning_triton.choose_kernels.__wrapped__(D, E, dtype, device, backward, per_token, split)
-        module = import_module("tnl.ops.lightning_gluon")
-        assert kernels in (lightning_triton.IN_TRITON, module.IN_GLUON_WIDE if max(D, E) > 128 else module.IN_GLUON)
-        return kernels is not lightning_triton.IN_TRITON
+        packed: bool = False,
+    ) -> str:
+        choose = lightning_triton.choose_kernels.__wrapped__
+        return " ".join(names[kernels] for kernels in choose(D, E, dtype, device, backward, per_token, packed))
 
-    assert all((in_gluon(), in_gluon(80, 64, torch.float16), in_gluon(per_token=True), in_gluon(backward=True)))
-    assert all((in_gluon(256, 256), in_gluon(192, 256), in_gluon(256, 128, backward=True), in_gluon(64, 256)))
-    slower = (in_gluon(split=True), in_gluon(64, 64, backward=True), in_gluon(backward=True, per_token=True))
-    assert not any(slower)
-    assert not in_gluon(256, backward=True, split=True)
-    assert not any((in_gluon(device=cpu), in_gluon(dtype=torch.float32), in_gluon(E=512), in_gluon(D=32)))
+    assert options() == options(96, 80, torch.float16) == options(per_token=True) == "wide gluon triton"
+    assert options(64, 64) == options(128, 64, torch.float16) == options(packed=True) == "gluon triton"
+    assert options(backward=True) == "wide gluon"
+    assert options(backward=True, per_token=True) == "wide triton"
+    assert options(backward=True, packed=True) == "gluon"
+    assert options(256, 256) == options(256, 128, backward=True) == options(64, 192, packed=True) == "wide triton"
+    assert options(device=cpu) == options(dtype=torch.float32) == options(E=512) == options(D=32) == "triton"
+    assert options(64, 64, backward=True) == options(backward=True, per_token=True, packed=True) == "triton"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
-    assert not in_gluon()
+    assert options() == "triton"
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "columns", "split"),
+    [(128, 512, 128, False), (160, 512, 64, False), (66, 512, 64, False), (15, 512, 32, True), (264, 64, 128, False)],
+)
+def test_kernels_that_fill_the_chip_come_first(
+    batch: int, tokens: int, columns: int, split: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """132 multiprocessors: 160 programs of 128 columns leave 104 of 264 idle, 320 of 64 columns 76 of 396."""
+    of_columns = [
+        lightning_triton.IN_TRITON._replace(tiles=tiling_triton.Tiles(64, size, 4, 2)) for size in (128, 64, 32)
+    ]
+    monkeypatch.setattr(lightning_triton, "choose_kernels", lambda *_: tuple(of_columns))
+    for module in (lightning_triton, tiling_triton):
+        monkeypatch.setattr(module, "count_processors", lambda device: 132)
+    q = torch.empty(batch, tokens, 1, 128)
+    _, tiles, cut = lightning_triton._lay_out(q, 128, None, 1, False, None)
+    assert (tiles.columns, cut.split) == (columns, split)
 
 
 @pytest.mark.gpu
@@ -113,6 +134,7 @@ def test_is_chosen_on_hopper_only(monkeypatch: pytest.MonkeyPatch) -> None:
     "case",
     [
         Case(T=700, Hq=4, H=2, D=128, E=128),
+        Case(T=700, Hq=4, H=2, D=64, E=64),
         Case(B=1, T=777, Hq=4, H=2, D=112, E=80, bounds=(0, 137, 137, 420, 777)),
         Case(T=700, Hq=4, H=2, D=256, E=256),
         Case(B=1, T=777, Hq=4, H=2, D=256, E=128, bounds=(0, 137, 137, 420, 777)),
@@ -129,9 +151,10 @@ def test_gpu_walk(
     nan_filled_memory: None,
 ) -> None:
     """Whole, cut with a short first segment, and cut into equal ones."""
-    gluon = lightning_triton.choose_kernels(case.D, case.E, dtype, torch.device("cuda", 0), False, False, False)
-    assert gluon is not lightning_triton.IN_TRITON
-    monkeypatch.setattr(lightning_triton, "choose_kernels", lambda *_: gluon)  # where it is not quicker too
+    packed = case.bounds is not None
+    options = lightning_triton.choose_kernels(case.D, case.E, dtype, torch.device("cuda", 0), False, False, packed)
+    assert len(options) > 1
+    monkeypatch.setattr(lightning_triton, "choose_kernels", lambda *_: options[:1])  # where it is not quicker too
     monkeypatch.setattr(tiling_triton, "cut_sequence", lambda tokens, *_: segments or (tokens, tokens))
     monkeypatch.setattr(lightning_triton, "_plans", {})
     check(Case(**{**vars(case), "decay": decay}), "triton", dtype, "cuda")

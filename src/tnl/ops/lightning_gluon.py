@@ -7,8 +7,7 @@ GPU a block takes twice as long as its products and tiles. Here they are in flig
 - The state is held transposed, ``S^T [C, K]``. It is the left operand of ``S^T x^T`` straight from registers, so it
   never goes through shared memory; neither do the values that are added to it.
 - ``S^T x^T`` and ``y x^T`` run while those values are weighted; the state is updated while the output leaves.
-- Two programs fit on a multiprocessor and fill each other's gaps. A tile's memory is asked to be filled again as soon
-  as it was read, which is a whole block before it is needed.
+- A tile's memory is asked to be filled again as soon as it was read, which is a whole block before it is needed.
 """
 
 import functools
@@ -370,7 +369,7 @@ def _describe_tokens(x: Tensor, tokens: int, width: int, packed: bool) -> Tensor
     return descriptor
 
 
-# Columns as in Triton for widths up to 128, so a sequence is cut alike. For wider ones, more columns, so that fewer
-# programs read what a head's programs read in common; a multiprocessor has room for one such program.
+# Two programs of the first have room on a multiprocessor. The second's has one for itself, and does for all columns
+# up to 128 what programs of fewer columns would each do again: reads, scores and their weights.
 IN_GLUON = Kernels(_forward_kernel, _backward_kernel, _describe_tokens, Tiles(64, 64, 4, BUFFERS.value))
 IN_GLUON_WIDE = IN_GLUON._replace(tiles=Tiles(64, 128, 8, BUFFERS.value))

@@ -39,7 +39,16 @@ from tnl.ops.launch_triton import (
     launch_kernel,
     pointer_or,
 )
-from tnl.ops.tiling_triton import Cut, Tiles, ceil_div, choose_tiles, cut_tokens, padded_width, product_precision
+from tnl.ops.tiling_triton import (
+    Cut,
+    Tiles,
+    ceil_div,
+    choose_tiles,
+    count_processors,
+    cut_tokens,
+    padded_width,
+    product_precision,
+)
 
 RANKED: tl.constexpr = tl.constexpr(16)  # so many packed sequences are sorted by length; more even out by themselves
 FADED: tl.constexpr = tl.constexpr(120.0)  # exp(-120) is 0 in float32, even times 1e6
@@ -410,47 +419,56 @@ IN_TRITON = Kernels(_forward_kernel, _backward_kernel, describe_tokens, None)
 
 @functools.lru_cache
 def choose_kernels(
-    D: int, E: int, dtype: torch.dtype, device: torch.device, backward: bool, per_token: bool, split: bool
-) -> Kernels:
-    """Those of :mod:`tnl.ops.lightning_gluon` on Hopper where they were quicker, elsewhere those of this module.
+    D: int, E: int, dtype: torch.dtype, device: torch.device, backward: bool, per_token: bool, packed: bool
+) -> tuple[Kernels, ...]:
+    """The first choice first; the last one serves launches that the others do not suit (see :func:`_lay_out`).
 
-    With a cut sequence forward, and backwards with a decay a token or narrow heads, they were not (H200).
+    On Hopper those of :mod:`tnl.ops.lightning_gluon` come first where they were quicker (H100, H200).
     """
-    narrow, wide = sorted((padded_width(D), padded_width(E)))
-    if wide == 256:
-        quicker = narrow >= 64 and not split
-    elif backward:
-        quicker = narrow == wide == 128 and not per_token
-    else:
-        quicker = narrow >= 64 and wide <= 128 and not split
     if (
-        quicker
-        and dtype in (torch.float16, torch.bfloat16)
-        and device.type == "cuda"
-        and torch.cuda.get_device_capability(device) == (9, 0)
-        and not interpreted()
-        and triton.__version__.startswith(KNOWN)
+        dtype not in (torch.float16, torch.bfloat16)
+        or device.type != "cuda"
+        or torch.cuda.get_device_capability(device) != (9, 0)
+        or interpreted()
+        or not triton.__version__.startswith(KNOWN)
     ):
-        from tnl.ops.lightning_gluon import IN_GLUON, IN_GLUON_WIDE
+        return (IN_TRITON,)
+    from tnl.ops.lightning_gluon import IN_GLUON, IN_GLUON_WIDE
 
-        return IN_GLUON_WIDE if wide == 256 else IN_GLUON
-    return IN_TRITON
+    narrow, wide = sorted((padded_width(D), padded_width(E)))
+    if narrow < 64 or wide > 256:
+        return (IN_TRITON,)
+    if wide == 256:
+        return IN_GLUON_WIDE, IN_TRITON
+    if not backward:
+        last: tuple[Kernels, ...] = (IN_GLUON, IN_TRITON)
+    else:
+        last = (IN_TRITON,) if per_token or narrow < 128 else (IN_GLUON,)
+    # Packed sequences end at different times, which more and smaller programs even out.
+    return last if narrow < 128 or packed else (IN_GLUON_WIDE, *last)
+
+
+FILLED = 0.7  # of the multiprocessors, on average, while the programs of a launch run
 
 
 def _lay_out(
     q: Tensor, E: int, cu_seqlens: Tensor | None, decay: int, exact: bool, walks: tuple[int, int] | None
 ) -> tuple[Kernels, Tiles, Cut]:
-    """Kernels, tiles and cut of a launch: forward, or backwards with so many passes over columns of D and of E."""
+    """Kernels, tiles and cut of a launch: forward, or backwards with so many walks over columns of D and of E.
+
+    The first kernels that fill the chip with whole sequences, or the last.
+    """
     D = q.shape[-1]
     backward = walks is not None
     d_walks, e_walks = walks or (0, 1)
-    for split in (False, True):
-        kernels = choose_kernels(D, E, q.dtype, q.device, backward, decay == 2, split)
+    processors = count_processors(q.device)
+    for kernels in choose_kernels(D, E, q.dtype, q.device, backward, decay == 2, cu_seqlens is not None):
         rows, columns = (max(D, E), max(D, E)) if backward else (D, E)
         tiles = kernels.tiles or choose_tiles(rows, columns, q.dtype, backward, decay == 2, exact)
-        programs = d_walks * ceil_div(D, tiles.columns) + e_walks * ceil_div(E, tiles.columns)
-        cut = cut_tokens(q, cu_seqlens, programs, decay == 1)
-        if not cut.split:
+        blocks = d_walks * ceil_div(D, tiles.columns) + e_walks * ceil_div(E, tiles.columns)
+        cut = cut_tokens(q, cu_seqlens, blocks, decay == 1)
+        programs = cut.sequences * q.shape[2] * blocks
+        if not cut.split and programs >= FILLED * processors * ceil_div(programs, processors):
             break
     return kernels, tiles, cut
 

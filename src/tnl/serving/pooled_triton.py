@@ -98,7 +98,8 @@ def choose_prefill_kernel(
 
     Two pools, whose rows are one state to the walk, are for the walk in Triton: in Gluon its addresses have a layout.
     """
-    kernels = choose_kernels(width, width, dtype, device, False, False, split) if parts == 1 else IN_TRITON
+    options = choose_kernels(width, width, dtype, device, False, False, True) if parts == 1 else (IN_TRITON,)
+    kernels = options[-1 if split else 0]
     return _prefill_kernel if kernels is IN_TRITON else _kernel_in_gluon(), kernels
 
 
