@@ -94,7 +94,7 @@ def _kernel_in_gluon() -> Any:
 def choose_prefill_kernel(
     parts: int, width: int, dtype: torch.dtype, device: torch.device, split: bool
 ) -> tuple[Any, Kernels]:
-    """The kernel, and the operator's kernels whose walk it is around: those of a forward call alike.
+    """The kernel, and the operator's whose walk it is around: those of a packed forward call, ``split`` if it is cut.
 
     Two pools, whose rows are one state to the walk, are for the walk in Triton: in Gluon its addresses have a layout.
     """
