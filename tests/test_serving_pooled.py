@@ -218,7 +218,8 @@ def test_gpu_prefill(
     generator = torch.Generator(DEVICE).manual_seed(1)
     log_decay = -torch.rand(heads, generator=generator).square() if decay == "head" else None
     check_prefill(heads, width, lengths, log_decay, dtype)
-    assert launched == [pooled_triton.choose_prefill_kernel(1, width, dtype, torch.device(DEVICE, 0), cut)[0]]
+    in_triton = cut or torch.cuda.get_device_capability() != (9, 0)
+    assert [kernel is pooled_triton._prefill_kernel for kernel in launched] == [in_triton]
 
 
 def test_walk_in_gluon_where_the_operator_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
