@@ -42,7 +42,7 @@ for index, parameter in enumerate(kernel.params):
         signature[name] = "*i64"
     elif name == "FLAGS":
         signature[name] = "*i32"
-    elif name.isupper() and name not in ("T", "D", "E"):
+    elif name.isupper() and name != "T":
         signature[name] = "*bf16" if name in ("OUT", "DQ", "DK", "DV") else "*fp32"
     else:
         signature[name] = "i32"
@@ -61,7 +61,7 @@ CONSTANTS = {
 def test_compiles_without_a_gpu(kernel: str, decay: int, walks: int, width: int, products: int) -> None:
     warps = width // 32
     values = CONSTANTS | {"DECAY": decay, "NEED_DIFFERENCE": decay == 2, "BLOCK_C": width // 2}
-    values |= {"BLOCK_D": width, "BLOCK_E": width}
+    values |= dict.fromkeys(("D", "E", "BLOCK_D", "BLOCK_E"), width)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
         [sys.executable, "-c", COMPILE, json.dumps([kernel, warps, values])],
@@ -115,7 +115,8 @@ def test_kernels_that_fill_the_chip_come_first(
 ) -> None:
     """132 multiprocessors: 160 programs of 128 columns leave 104 of 264 idle, 320 of 64 columns 76 of 396."""
     of_columns = [
-        lightning_triton.IN_TRITON._replace(tiles=tiling_triton.Tiles(64, size, 4, 2)) for size in (128, 64, 32)
+        lightning_triton.IN_TRITON._replace(tiles=tiling_triton.Tiles(64, size, 4, 2), busy=0.7)
+        for size in (128, 64, 32)
     ]
     monkeypatch.setattr(lightning_triton, "choose_kernels", lambda *_: tuple(of_columns))
     for module in (lightning_triton, tiling_triton):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.numerics import Case, assert_as_good_as_eager, check, relative_error
-from tnl.ops import lightning_attention, lightning_torch, segments_triton
+from tnl.ops import lightning_attention, lightning_torch, segments_triton, tiling_triton
 
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="the interpreter stands in only where there is no GPU"
@@ -20,13 +20,30 @@ def cut_in_three(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Cuts rows of 96 tokens; the list counts how often."""
     cuts: list[int] = []
 
-    def choose(batch: int, tokens: int, *_: object) -> int:
+    def choose(tokens: int, *_: object) -> int:
         cuts.append(tokens)
         return 3
 
     monkeypatch.setattr(segments_triton, "LONG_ROW", 96)
     monkeypatch.setattr(segments_triton, "choose_segments", choose)
     return cuts
+
+
+@pytest.mark.parametrize(
+    ("tokens", "walks", "segments"),
+    [
+        (131072, 16, 8),
+        (131072, 8, 16),
+        (262144, 4, 32),
+        (1048576, 8, 16),
+        (16384, 16, 2),
+        (131072, 128, 1),
+        (16384, 4, 2),
+    ],
+)
+def test_segments_fill_the_chip(tokens: int, walks: int, segments: int) -> None:
+    """132 multiprocessors: 128 programs, or as many as segments of 8192 tokens make."""
+    assert tiling_triton.choose_segments(tokens, walks, 132) == segments
 
 
 @interpreted

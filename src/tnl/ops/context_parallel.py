@@ -272,9 +272,9 @@ def _choose_segments(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, backend: s
     """Into how many segments, all of one length, a rank's part is cut."""
     if backend != "triton" or cu_seqlens is not None:
         return 1
-    from tnl.ops.tiling_triton import choose_segments
+    from tnl.ops.segments_triton import segments_of
 
-    return choose_segments(*q.shape, v.shape[-1], q.dtype, q.device)
+    return segments_of(q, v.shape[-1])
 
 
 def _cut(x: Tensor, segments: int) -> Tensor:

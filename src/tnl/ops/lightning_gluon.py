@@ -149,11 +149,6 @@ def _walk(
     inner = gl.arange(0, BLOCK_K, gl.SliceLayout(0, acc_state))
     state_at = inner.to(gl.int64)[None, :] * state_row + columns[:, None] * state_column
     state_mask = (inner < K)[None, :] & (columns < C)[:, None]
-    state = gl.zeros([BLOCK_C, BLOCK_K], gl.float32, acc_state)
-    if HAS_INITIAL:
-        if index == 0:
-            state = gl.load(INITIAL + state_at, state_mask, 0.0)
-
     length = end - begin
     blocks = gl.cdiv(length, BLOCK_T)
     first = (blocks - 1) * BLOCK_T if REVERSE else 0
@@ -231,6 +226,11 @@ def _walk(
             batch, x_head, y_head, begin, end, column, True, NEED_DIFFERENCE, PACKED,
         )  # fmt: skip
 
+    # Behind the first tiles: the fence before them would wait for what is on its way.
+    state = gl.zeros([BLOCK_C, BLOCK_K], gl.float32, acc_state)
+    if HAS_INITIAL:
+        if index == 0:
+            state = gl.load(INITIAL + state_at, state_mask, 0.0)
     if SPLIT:
         if index > 0:
             while gl.atomic_add(FLAG, 0, sem="acquire") < index:
@@ -372,4 +372,4 @@ def _describe_tokens(x: Tensor, tokens: int, width: int, packed: bool) -> Tensor
 # Two programs of the first have room on a multiprocessor. The second's has one for itself, and does for all columns
 # up to 128 what programs of fewer columns would each do again: reads, scores and their weights.
 IN_GLUON = Kernels(_forward_kernel, _backward_kernel, _describe_tokens, Tiles(64, 64, 4, BUFFERS.value))
-IN_GLUON_WIDE = IN_GLUON._replace(tiles=Tiles(64, 128, 8, BUFFERS.value))
+IN_GLUON_WIDE = IN_GLUON._replace(tiles=Tiles(64, 128, 8, BUFFERS.value), busy=0.7)

@@ -295,7 +295,8 @@ RUN_TIME = ["T", "Hq", "group", "sequences", "segment", "lead", "per_sequence", 
 @triton.jit(do_not_specialize=RUN_TIME)
 def _forward_kernel(
     Q, K, V, OUT, LOG_DECAY, INITIAL, FINAL, CU_SEQLENS, FLAGS,
-    scale, T, Hq, group, sequences, segment, lead, per_sequence, items, D, E,
+    scale, T, Hq, group, sequences, segment, lead, per_sequence, items,
+    D: tl.constexpr, E: tl.constexpr,
     TRANSPOSED: tl.constexpr, DECAY: tl.constexpr, HAS_INITIAL: tl.constexpr, STORE_FINAL: tl.constexpr,
     PACKED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -334,7 +335,8 @@ def _forward_kernel(
 def _backward_kernel(
     Q, K, V, DO, Q_PART, K_PART, DO_PART, DQ, DK, DV, DIFFERENCE, LOG_DECAY, INITIAL, DFINAL,
     DQ_STATE, DK_STATE, DINITIAL, CU_SEQLENS, FLAGS,
-    scale, T, Hq, group, sequences, segment, lead, per_sequence, items, difference_block, D, E,
+    scale, T, Hq, group, sequences, segment, lead, per_sequence, items, difference_block,
+    D: tl.constexpr, E: tl.constexpr,
     TRANSPOSED: tl.constexpr, DECAY: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_DFINAL: tl.constexpr,
     NEED_DIFFERENCE: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, NEED_DQ: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -406,15 +408,19 @@ def _backward_kernel(
 
 
 class Kernels(NamedTuple):
-    """A walk with the kernels around it, what describes their tokens to them, and its tiles if it has but one size."""
+    """A walk with the kernels around it, what describes their tokens to them, and its tiles if it has but one size.
+
+    They are for launches that keep at least the share ``busy`` of the multiprocessors busy on average.
+    """
 
     forward: Any
     backward: Any
     describe: Callable[[Tensor, int, int, bool], TensorDescriptor]
-    tiles: Tiles | None
+    tiles: Tiles | None = None
+    busy: float = 0.0
 
 
-IN_TRITON = Kernels(_forward_kernel, _backward_kernel, describe_tokens, None)
+IN_TRITON = Kernels(_forward_kernel, _backward_kernel, describe_tokens)
 
 
 @functools.lru_cache
@@ -448,15 +454,12 @@ def choose_kernels(
     return last if narrow < 128 or packed else (IN_GLUON_WIDE, *last)
 
 
-FILLED = 0.7  # of the multiprocessors, on average, while the programs of a launch run
-
-
 def _lay_out(
     q: Tensor, E: int, cu_seqlens: Tensor | None, decay: int, exact: bool, walks: tuple[int, int] | None
 ) -> tuple[Kernels, Tiles, Cut]:
     """Kernels, tiles and cut of a launch: forward, or backwards with so many walks over columns of D and of E.
 
-    The first kernels that fill the chip with whole sequences, or the last.
+    The first kernels that walk whole sequences and keep the chip busy, or the last.
     """
     D = q.shape[-1]
     backward = walks is not None
@@ -468,7 +471,7 @@ def _lay_out(
         blocks = d_walks * ceil_div(D, tiles.columns) + e_walks * ceil_div(E, tiles.columns)
         cut = cut_tokens(q, cu_seqlens, blocks, decay == 1)
         programs = cut.sequences * q.shape[2] * blocks
-        if not cut.split and programs >= FILLED * processors * ceil_div(programs, processors):
+        if not cut.split and programs >= kernels.busy * processors * ceil_div(programs, processors):
             break
     return kernels, tiles, cut
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tnl.ops import lightning_triton
 from tnl.ops.states_triton import enter, leave, sum_up
-from tnl.ops.tiling_triton import choose_segments
+from tnl.ops.tiling_triton import ceil_div, choose_segments, choose_tiles, count_processors
 
 LONG_ROW = 16384  # tokens; for a shorter one the launches that sum up take too long
 
@@ -24,7 +24,15 @@ def _segments(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seql
         return 1
     if not all(x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1) for x in (q, k, v)):
         return 1
-    return choose_segments(*q.shape, v.shape[-1], q.dtype, q.device)
+    return segments_of(q, v.shape[-1])
+
+
+def segments_of(q: Tensor, E: int) -> int:
+    """S for rows ``[B, T, Hq, D]`` with a decay a head and values of width ``E``, for the kernels chosen first."""
+    batch, tokens, heads, D = q.shape
+    kernels = lightning_triton.choose_kernels(D, E, q.dtype, q.device, False, False, False)[0]
+    tiles = kernels.tiles or choose_tiles(D, E, q.dtype, False, False, False)
+    return choose_segments(tokens, batch * heads * ceil_div(E, tiles.columns), count_processors(q.device))
 
 
 def _rows(x: Tensor, segments: int) -> Tensor:

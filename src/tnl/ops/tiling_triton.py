@@ -125,16 +125,12 @@ WAVES = 4  # at most so many times as many programs as multiprocessors
 
 
 @functools.lru_cache
-def choose_segments(
-    batch: int, tokens: int, heads: int, D: int, E: int, dtype: torch.dtype, device: torch.device
-) -> int:
+def choose_segments(tokens: int, walks: int, processors: int) -> int:
     """Into how many segments of one length to cut the tokens: those that leave the fewest multiprocessors idle.
 
-    A program walks along a segment, one at a time on a multiprocessor, so the programs of a launch should be a little
-    fewer than a multiple of these. The backward pass has twice as many.
+    A program walks along a segment, one at a time on a multiprocessor, so the programs of a launch, ``walks`` a
+    segment, should be a little fewer than a multiple of these. The backward pass has several times as many.
     """
-    processors = count_processors(device)
-    walks = batch * heads * ceil_div(E, choose_tiles(D, E, dtype, False, False, False).columns)
     best, segments = 0.0, 1
     for count in range(1, min(WAVES * processors // walks, tokens // SHORTEST_SEGMENT) + 1):
         used = walks * count / (ceil_div(walks * count, processors) * processors)
