@@ -89,19 +89,19 @@ def test_is_chosen_on_hopper_only(monkeypatch: pytest.MonkeyPatch) -> None:
         device: torch.device = gpu,
         backward: bool = False,
         per_token: bool = False,
-        packed: bool = False,
+        several: bool = False,
     ) -> str:
         choose = lightning_triton.choose_kernels.__wrapped__
-        return " ".join(names[kernels] for kernels in choose(D, E, dtype, device, backward, per_token, packed))
+        return " ".join(names[kernels] for kernels in choose(D, E, dtype, device, backward, per_token, several))
 
     assert options() == options(96, 80, torch.float16) == options(per_token=True) == "wide gluon triton"
-    assert options(64, 64) == options(128, 64, torch.float16) == options(packed=True) == "gluon triton"
+    assert options(64, 64) == options(128, 64, torch.float16) == options(several=True) == "gluon triton"
     assert options(backward=True) == "wide gluon"
     assert options(backward=True, per_token=True) == "wide triton"
-    assert options(backward=True, packed=True) == "gluon"
-    assert options(256, 256) == options(256, 128, backward=True) == options(64, 192, packed=True) == "wide triton"
+    assert options(backward=True, several=True) == "gluon"
+    assert options(256, 256) == options(256, 128, backward=True) == options(64, 192, several=True) == "wide triton"
     assert options(device=cpu) == options(dtype=torch.float32) == options(E=512) == options(D=32) == "triton"
-    assert options(64, 64, backward=True) == options(backward=True, per_token=True, packed=True) == "triton"
+    assert options(64, 64, backward=True) == options(backward=True, per_token=True, several=True) == "triton"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     assert options() == "triton"
 
@@ -152,8 +152,8 @@ def test_gpu_walk(
     nan_filled_memory: None,
 ) -> None:
     """Whole, cut with a short first segment, and cut into equal ones."""
-    packed = case.bounds is not None
-    options = lightning_triton.choose_kernels(case.D, case.E, dtype, torch.device("cuda", 0), False, False, packed)
+    several = case.bounds is not None
+    options = lightning_triton.choose_kernels(case.D, case.E, dtype, torch.device("cuda", 0), False, False, several)
     assert len(options) > 1
     monkeypatch.setattr(lightning_triton, "choose_kernels", lambda *_: options[:1])  # where it is not quicker too
     monkeypatch.setattr(tiling_triton, "cut_sequence", lambda tokens, *_: segments or (tokens, tokens))

@@ -425,7 +425,7 @@ IN_TRITON = Kernels(_forward_kernel, _backward_kernel, describe_tokens)
 
 @functools.lru_cache
 def choose_kernels(
-    D: int, E: int, dtype: torch.dtype, device: torch.device, backward: bool, per_token: bool, packed: bool
+    D: int, E: int, dtype: torch.dtype, device: torch.device, backward: bool, per_token: bool, several: bool
 ) -> tuple[Kernels, ...]:
     """The first choice first; the last one serves launches that the others do not suit (see :func:`_lay_out`).
 
@@ -450,8 +450,8 @@ def choose_kernels(
         last: tuple[Kernels, ...] = (IN_GLUON, IN_TRITON)
     else:
         last = (IN_TRITON,) if per_token or narrow < 128 else (IN_GLUON,)
-    # Packed sequences end at different times, which more and smaller programs even out.
-    return last if narrow < 128 or packed else (IN_GLUON_WIDE, *last)
+    # Several sequences of a row end at different times, which more and quicker programs even out.
+    return last if narrow < 128 or several else (IN_GLUON_WIDE, *last)
 
 
 def _lay_out(
@@ -465,7 +465,8 @@ def _lay_out(
     backward = walks is not None
     d_walks, e_walks = walks or (0, 1)
     processors = count_processors(q.device)
-    for kernels in choose_kernels(D, E, q.dtype, q.device, backward, decay == 2, cu_seqlens is not None):
+    several = cu_seqlens is not None and len(cu_seqlens) > 2
+    for kernels in choose_kernels(D, E, q.dtype, q.device, backward, decay == 2, several):
         rows, columns = (max(D, E), max(D, E)) if backward else (D, E)
         tiles = kernels.tiles or choose_tiles(rows, columns, q.dtype, backward, decay == 2, exact)
         blocks = d_walks * ceil_div(D, tiles.columns) + e_walks * ceil_div(E, tiles.columns)
