@@ -23,10 +23,10 @@ from tnss.arrays import Array, Arrays, Tape, permuted
 from tnss.network import Network, ring_order
 from tnss.polish import polish
 from tnss.structure import Structure
-from tnss.sweeps import Plan, Template, plan_for, smallest_ridge
+from tnss.sweeps import LARGE, Plan, Template, plan_for, smallest_ridge
 from tnss.warm import warm_cores
 
-BATCH_ENTRIES = {"cpu": 16_000_000, "cuda": 400_000_000}  # tensor entries times networks held at once
+BATCH_ENTRIES = {"cpu": 16_000_000, "cuda": 400_000_000}  # of tensors, or partial contractions, held at once
 FIRST_STRIDE, STRIDE_LEAST, STRIDE_LIMIT, STRIDE_GROWTH = 0.3, 0.05, 2.0, 1.1
 NUMPY_ENTRIES = 100_000  # tensors of up to this many entries are fitted in NumPy on a CPU
 TAPED_ENTRIES = 100_000  # tensor entries times starts up to which sweeps are recorded: a tape holds every intermediate
@@ -170,7 +170,7 @@ class Fitter:
         return [network for network in results if network is not None]
 
     def _batches(self, layouts: list[_Layout]) -> list[list[int]]:
-        """Group requests of one template whose padding does not cost more than their own work again."""
+        """Group requests of one template that fit together and whose padding does not cost more than their own work."""
         limit = BATCH_ENTRIES.get(torch.device(self.settings.device).type, BATCH_ENTRIES["cpu"])
         most = max(1, limit // (self.dense.numel() * (self.settings.restarts + 1)))
         waste = 1.5 if self.settings.device == "cpu" else 4.0
@@ -181,7 +181,9 @@ class Fitter:
             layout = layouts[i]
             if batches and len(batches[-1]) < most and layouts[batches[-1][0]].template == layout.template:
                 padded = tuple(map(max, widest, layout.ranks))
-                if all(
+                starts = (len(batches[-1]) + 1) * (self.settings.restarts + 1)
+                fits = self.dense.numel() <= LARGE or starts * plan_for(layout.template, padded).peak <= limit
+                if fits and all(
                     plan_for(layout.template, padded).parameters
                     <= waste * plan_for(layout.template, layouts[j].ranks).parameters
                     for j in (batches[-1][0], i)

@@ -23,6 +23,8 @@ from tnss.contraction import Contraction, compile_contraction, multiplied, resha
 
 CALL_SECONDS = 2e-6  # one small NumPy operation, shared by the networks of a batch
 FLOPS_PER_SECOND = 0.3e10  # one CPU core, float64; only the ratio of the two matters
+LARGE = 100_000  # entries of a tensor from which on the time of single operations does not matter
+MOST_PARTIAL = 2**28  # entries of a partial contraction of the tree: 2 GiB in float64
 RIDGE = 1e-10  # relative to the mean diagonal of the normal equations
 RIDGE_SINGLE = 1.2e-6  # the same in float32
 TINY = 1e-37  # keeps the equations of a network that is zero regular
@@ -150,10 +152,15 @@ class Plan:
 
     @cached_property
     def uses_tree(self) -> bool:
-        """Whether the tree is the cheaper way, by an estimate of its time on one network."""
+        """Whether the tree is the cheaper way, by an estimate of its time on one network.
+
+        Of large tensors it is, while its partial contractions fit: several bonds between the halves of a graph with
+        chords, once for ``M`` and once for its transpose, can be far more than ``M`` itself.
+        """
         entries = math.prod(self.template.sizes)
-        if entries > 100_000:
-            return True
+        if entries > LARGE:
+            held = _tree_peak(self.tree)
+            return held <= MOST_PARTIAL or held <= max(contraction.peak for contraction in self.explicit)
         steps = sum(len(contraction.steps) + 2 for contraction in self.explicit)
         flops = sum(contraction.flops for contraction in self.explicit)
         for rows, size in zip(self.rows, self.template.sizes, strict=True):
@@ -163,6 +170,11 @@ class Plan:
         if tree_seconds >= explicit_seconds:  # without its arithmetic: its paths, which take longest, are not needed
             return False
         return tree_seconds + _tree_flops(self.tree) / FLOPS_PER_SECOND < explicit_seconds
+
+    @cached_property
+    def peak(self) -> float:
+        """Entries of the largest partial contraction of a sweep of one network."""
+        return _tree_peak(self.tree) if self.uses_tree else max(contraction.peak for contraction in self.explicit)
 
     def sweep(
         self,
@@ -256,6 +268,11 @@ def _tree_steps(positions: int, above: int = 0) -> int:
 
 def _tree_flops(node: _Node) -> float:
     return sum(c.flops for c in (*node.data, *node.gram)) + sum(map(_tree_flops, node.children))
+
+
+def _tree_peak(node: _Node) -> float:
+    own = [contraction.peak for contraction in (*node.data, *node.gram)]
+    return max([*own, *map(_tree_peak, node.children)], default=0.0)
 
 
 def smallest_ridge(array: Array) -> float:

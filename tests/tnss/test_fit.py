@@ -12,7 +12,7 @@ from tnss import ALS, FitRequest, Fitter, Structure, fit, relative_squared_error
 from tnss.arrays import Tape
 from tnss.network import contract_cores
 from tnss.polish import _jacobian
-from tnss.sweeps import Plan, Template
+from tnss.sweeps import Plan, Template, plan_for
 from tnss.warm import warm_cores
 
 PLANTED_A6A = ring_structure((3,) * 6, (0, 3, 2, 1, 4, 5), (3, 4, 2, 2, 3, 2))
@@ -132,6 +132,28 @@ def test_tree_and_explicit_updates_agree(seed: int) -> None:
         outcomes.append((error, plan.dense(cores)))
     torch.testing.assert_close(outcomes[0][0], outcomes[1][0], rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(outcomes[0][1], outcomes[1][1], rtol=1e-4, atol=1e-6)
+
+
+def test_large_partial_contractions_are_not_formed() -> None:
+    """A matrix of 1408 x 512 in four modes: with a chord the tree would hold 15 GiB at once, in a ring it does not."""
+    sizes = (16, 16, 32, 88)
+    with_chord = Plan(Template(sizes, ((0, 1), (0, 2), (1, 2), (1, 3), (2, 3))), (109, 82, 3, 40, 3))
+    assert not with_chord.uses_tree
+    assert 8 * with_chord.peak < 5 * 2**30
+    ring = Plan(Template(sizes, ((0, 1), (1, 2), (2, 3), (0, 3))), (99, 65, 97, 8))
+    assert ring.uses_tree
+    assert 8 * ring.peak < 2**30
+
+
+def test_a_batch_is_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of large tensors no more networks are swept together than partial contractions of theirs may be held."""
+    monkeypatch.setattr(fit, "LARGE", 0)
+    layouts = [fit._layout(PLANTED_A6A)] * 7
+    peak = plan_for(layouts[0].template, layouts[0].ranks).peak
+    monkeypatch.setattr(fit, "BATCH_ENTRIES", {"cpu": 3 * 2 * peak})  # three networks, two starts each
+    fitter = Fitter(planted_ring(*A6A), ALS(restarts=1))
+    monkeypatch.setattr(fitter, "dense", torch.empty(1))
+    assert [len(batch) for batch in fitter._batches(layouts)] == [3, 3, 1]
 
 
 @pytest.mark.parametrize("uses_tree", [True, False])
