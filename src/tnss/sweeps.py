@@ -21,7 +21,7 @@ import numpy as np
 from tnss.arrays import Array, Tape, permuted, solve
 from tnss.contraction import Contraction, compile_contraction, multiplied, reshaped
 
-CALL_SECONDS = 2e-6  # one small NumPy operation, shared by the networks of a batch
+CALL_SECONDS = 0.7e-6  # one small NumPy operation of a recorded sweep, shared by the networks of a batch
 FLOPS_PER_SECOND = 0.3e10  # one CPU core, float64; only the ratio of the two matters
 LARGE = 100_000  # entries of a tensor from which on the time of single operations does not matter
 MOST_PARTIAL = 2**28  # entries of a partial contraction of the tree: 2 GiB in float64
