@@ -1,6 +1,7 @@
 """Run cases and write their rows to a CSV: `python -m benchmarks.operator [CASE ...] --output FILE.csv`.
 
-Rows of other cases that the file has stay in it. A ratio compares times of one run: the floor is measured in each.
+Rows that the file has stay in it until they are measured again; each says when that was. A ratio compares times of one
+run: the floor is measured in each.
 """
 
 import argparse
@@ -40,7 +41,7 @@ def machine() -> Row:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "absent"
     device = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    return {"device": device, "torch": torch.__version__, **versions}
+    return {"device": device, "torch": torch.__version__, **versions, "measured": time.strftime("%Y-%m-%d %H:%M")}
 
 
 def time_gpu(call: Callable[[], Any]) -> tuple[float, float, float]:
@@ -95,13 +96,13 @@ def document_bounds(sizes: Sizes) -> Tensor:
     return torch.cat([torch.tensor([0]), cuts, torch.tensor([tokens])]).cuda()
 
 
-def measure_gpu(case: str, sizes: Sizes, bandwidth: float) -> Iterator[Row]:
+def measure_gpu(case: str, sizes: Sizes, bandwidth: float, with_peers: bool) -> Iterator[Row]:
     q, k, v, decay = inputs(sizes, "cuda", torch.bfloat16)
     leaves = [x.requires_grad_() for x in (q, k, v)] + ([decay.requires_grad_()] if sizes.per_token else [])
     forward_bytes = 2 * (2 * q.numel() + 2 * v.numel()) + (4 * decay.numel() if sizes.per_token else 0)
     backward_bytes = 2 * (5 * q.numel() + 5 * v.numel()) + (8 * decay.numel() if sizes.per_token else 0)
     floors = {"forward": 1e3 * forward_bytes / bandwidth, "backward": 1e3 * backward_bytes / bandwidth}
-    peers = implementations.GPU if sizes.peers else {"tnl": implementations.tnl}
+    peers = implementations.GPU if sizes.peers and with_peers else {"tnl": implementations.tnl}
     if sizes.documents:
         bounds = document_bounds(sizes)
         peers = {"tnl": lambda q, k, v, g: lightning_attention(q, k, v, g, cu_seqlens=bounds)[0]}
@@ -207,7 +208,7 @@ def measure_compile() -> Iterator[Row]:
         yield row | {"pass": f"backward, {what}", "ms": 1e3 * (time.perf_counter() - middle)}
 
 
-def run(names: list[str]) -> Iterator[Row]:
+def run(names: list[str], with_peers: bool) -> Iterator[Row]:
     if not torch.cuda.is_available():
         for name in names or [*cases.CPU, "minimax"]:
             for sizes in cases.CPU.get(name, []):
@@ -220,7 +221,7 @@ def run(names: list[str]) -> Iterator[Row]:
     for name in [each for each in everything if not names or each in names]:  # what others compile is not new any more
         if name in cases.GPU:
             for sizes in cases.GPU[name]:
-                yield from measure_gpu(name, sizes, bandwidth)
+                yield from measure_gpu(name, sizes, bandwidth, with_peers)
         else:
             yield from {
                 "decode": lambda: measure_decode(bandwidth),
@@ -230,32 +231,42 @@ def run(names: list[str]) -> Iterator[Row]:
             }[name]()
 
 
+def what_is_measured(row: Row) -> tuple[str, ...]:
+    """The same for a row as it was measured and as it was read."""
+    names = ("case", "implementation", "B", "H", "T", "D", "E", "per_token", "documents", "dtype", "pass")
+    return tuple(str(row.get(name, "")) for name in names)
+
+
 def main() -> None:
     known = [*(cases.GPU if torch.cuda.is_available() else cases.CPU), "minimax"]
     known += ["decode", "host", "compile"] if torch.cuda.is_available() else []
     parser = argparse.ArgumentParser(prog="python -m benchmarks.operator", description=__doc__)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(known)}; none: all")
     parser.add_argument("--output", type=Path, default=RESULTS / "operator" / "operator.csv", help="CSV to write")
+    parser.add_argument(
+        "--no-peers", action="store_true", help="on a GPU: our operator alone, in a fraction of the time"
+    )
     options = parser.parse_args()
     unknown = set(options.cases) - set(known)
     if unknown:
         parser.error(f"unknown case {', '.join(sorted(unknown))}; this machine has {', '.join(known)}")
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    about, rows = machine(), []
-    if options.cases and options.output.exists():
+    about = machine()
+    rows: dict[tuple[str, ...], Row] = {}
+    if options.output.exists():
         with options.output.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["case"] not in options.cases]
-    for row in run(options.cases):
-        rows.append(row | about)
+            rows = {what_is_measured(row): row for row in csv.DictReader(file)}
+    for row in run(options.cases, not options.no_peers):
+        rows[what_is_measured(row)] = row | about
         shown = row.get("error") or f"{row['ms']:9.3f} ms" + (f" {row['ratio']:5.2f} x floor" if "ratio" in row else "")
         shown += f" {row['speedup']:5.2f} x faster" if "speedup" in row else ""
         size = f"{row['B']} x {row['H']} x {row['T']} D {row['D']} E {row['E']}"
         print(f"{row['case']:12} {row['implementation']:22} {size:28} {row['pass']:24} {shown}", flush=True)
-        columns = list(dict.fromkeys(name for each in rows for name in each))
+        columns = list(dict.fromkeys(name for each in rows.values() for name in each))
         with options.output.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(rows.values())
     print(f"wrote {options.output}", file=sys.stderr)
 
 
