@@ -18,7 +18,7 @@ COLOURS = dict(zip(METHODS, ("tab:red", "tab:green", "tab:olive", "tab:purple", 
 
 
 def draw(folder: Path) -> None:
-    """The page's tables, and its plots of the scale of which most cases were measured.
+    """The page's tables, and its plots of the larger model that was measured.
 
     Raises:
         SystemExit: Nothing was measured.
@@ -33,9 +33,9 @@ def draw(folder: Path) -> None:
         found = folder / f"structures-{scale}.csv"
         if found.exists():
             write_between(page, f"structures-{scale}", structures_table(read_rows(found)))
-    most = max(tables.values(), key=len)
-    draw_parameters(most, DOCS / "compression-parameters.png")
-    draw_bytes(most, DOCS / "compression-bytes.png")
+    largest = next(iter(tables.values()))
+    draw_parameters(largest, DOCS / "compression-parameters.png")
+    draw_bytes(largest, DOCS / "compression-bytes.png")
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -64,7 +64,10 @@ def structures_table(rows: Sequence[Row]) -> str:
 
 
 def results_table(rows: Sequence[Row], healing_rates: Sequence[float]) -> str:
-    """All rows, and the machine; columns in which nothing was measured are left out."""
+    """All rows, and the machine; columns in which nothing was measured are left out.
+
+    Of a model before and after healing the better one is bold.
+    """
     original = next(float(row["bits_per_byte"]) for row in rows if row["method"] == ORIGINAL)
     table = []
     for first in (row for row in rows if row["healing_steps"] == "0"):
@@ -73,7 +76,10 @@ def results_table(rows: Sequence[Row], healing_rates: Sequence[float]) -> str:
         cells = [first["method"], f"{int(first['matrix_parameters']):,}", _bits(first, "bits_per_byte", original)]
         columns = ("bits_per_byte", "bits_per_byte_int8")
         cells += ["" if healed is None else _bits(healed, name, original) for name in columns]
-        cells.append(f"{int(first['bytes_int8']) / 1e6:.3g}")
+        if healed is not None:
+            better = 2 if float(first["bits_per_byte"]) < float(healed["bits_per_byte"]) else 3
+            cells[better] = f"**{cells[better]}**"
+        cells.append(f"{int(first['bytes_int8']) / 1e6:#.3g}")
         cells.append(f"{float(first['memory_gib']):.2f}" if first.get("memory_gib") else "")
         cells += [f"{int(first[name]):,}" if first.get(name) else "" for name in SPEEDS]
         cells.append(f"{float(first['compress_seconds']):.0f}" if first["compress_seconds"] else "")
