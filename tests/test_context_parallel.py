@@ -11,14 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests.marks import interpreted
 from tests.numerics import Case, relative_error
 from tests.ranks import run_ranks, run_torchrun
 from tnl.ops import context_parallel, lightning_attention
 from tnl.ops.context_parallel import _log_weights, _sum_up, lightning_attention_context_parallel
 
-interpreted = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="the interpreter stands in only where there is no GPU"
-)
 DECAYS = ["none", "head", "token"]
 PLAIN = Case(B=2, T=24, Hq=4, H=2, D=5, E=3)
 PACKINGS = {

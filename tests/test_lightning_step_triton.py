@@ -1,17 +1,12 @@
 """The decoding step in Triton: under the interpreter (tier T1) and on a GPU (tier T3, marked gpu)."""
 
-import os
-
 import pytest
 import torch
 
+from tests.marks import interpreted, needs_gpu
 from tnl.ops import lightning_attention_step
 
 DECAYS = ["none", "head", "token"]
-interpreted = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="the interpreter stands in only where there is no GPU"
-)
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @interpreted

@@ -1,13 +1,12 @@
 """The Triton kernels of lightning attention: under the interpreter (tier T1) and on a GPU (tier T3, marked gpu)."""
 
-import os
-
 import pytest
 import torch
 import torch.utils.checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.marks import interpreted, needs_gpu
 from tests.numerics import (
     Case,
     assert_as_good_as_eager,
@@ -23,10 +22,6 @@ from tests.numerics import (
 from tnl.ops import lightning_attention, lightning_attention_step, lightning_torch, lightning_triton, tiling_triton
 
 DECAYS = ["none", "head", "token"]
-interpreted = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="the interpreter stands in only where there is no GPU"
-)
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 CASES = [
     Case(T=1, D=8, E=8),

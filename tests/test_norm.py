@@ -1,18 +1,12 @@
 """SRMSNorm with and without a gate: eager (T0), kernels under the interpreter (T1) or on a GPU (T3, marked gpu)."""
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
 
+from tests.marks import interpreted, needs_gpu
 from tests.numerics import relative_error
 from tnl.ops import gated_srms_norm, srms_norm
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-interpreted = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="the interpreter stands in only where there is no GPU"
-)
 
 
 def definition(x: Tensor, gate: Tensor | None) -> Tensor:

@@ -1,18 +1,13 @@
 """Segments of a row whose states are summed up beforehand: under the interpreter (tier T1) and on a GPU (T3)."""
 
-import os
 from typing import Any
 
 import pytest
 import torch
 
+from tests.marks import interpreted, needs_gpu
 from tests.numerics import Case, assert_as_good_as_eager, check, relative_error
 from tnl.ops import lightning_attention, lightning_torch, segments_triton, tiling_triton
-
-interpreted = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="the interpreter stands in only where there is no GPU"
-)
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @pytest.fixture

@@ -1,9 +1,5 @@
 """Steps of a server on pooled states against the operator on whole texts. Tiers T0, T1 (on a GPU the kernels), T3."""
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any
@@ -12,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.hopper import compile_for_hopper
 from tests.numerics import assert_as_good_as_eager, eager
 from tnl.ops import lightning_attention, lightning_triton
 from tnl.serving.pooled import PooledStep, attend
@@ -237,47 +234,12 @@ def test_walk_in_gluon_where_the_operator_takes_it(monkeypatch: pytest.MonkeyPat
     assert chosen(1, True) is chosen(2, False) is lightning_triton.IN_TRITON
 
 
-# As in test_lightning_gluon.py: what a Hopper GPU would compile.
-COMPILE = """
-import json, sys, triton
-from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon._runtime import GluonASTSource
-from tnl.serving import pooled_triton
-
-kernel, values = pooled_triton._kernel_in_gluon(), json.loads(sys.argv[1])
-signature, constants, attributes = {}, {}, {}
-for index, parameter in enumerate(kernel.params):
-    name = parameter.name
-    if parameter.is_constexpr:
-        signature[name], constants[index,] = "constexpr", values[name]
-        continue
-    if name in ("Q", "K", "V"):
-        block = [1, 1, 1, 64, values["BLOCK_C" if name == "V" else "BLOCK_D"]]
-        layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
-        signature[name] = f"tensordesc<bf16{block},{layout!r}>"
-        continue
-    types = {"OUT": "*bf16", "LOG_DECAY": "*fp32", "POOL": "*fp32", "SECOND_POOL": "*fp32", "ROWS": "*i64"}
-    types |= {"SECOND_ROWS": "*i64", "CU_SEQLENS": "*i32", "ORDER": "*i32", "FLAGS": "*i32"}
-    signature[name] = types.get(name, "i32")
-    if name not in pooled_triton.RUN_TIME:
-        attributes[index,] = [["tt.divisibility", 16]]
-source = GluonASTSource(kernel, signature, constants, attributes)
-compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-print(compiled.metadata.shared, compiled.asm["ptx"].count("wgmma.mma_async"))
-"""
-
-
 def test_walk_in_gluon_compiles_without_a_gpu() -> None:
     values = {
         "D": 128, "E": 128, "PARTS": 1, "DECAY": 1, "PACKED": True, "SPLIT": False, "PRECISION": "tf32",
         "BLOCK_T": 64, "BLOCK_D": 128, "BLOCK_C": 64,
     }  # fmt: skip
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-c", COMPILE, json.dumps(values)], env=environment, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    shared, products = map(int, run.stdout.split())
-    assert 2 * (shared + 1024) <= 227 * 1024, "two programs have room on a multiprocessor"
-    assert products == 24
+    compiled = compile_for_hopper("tnl.serving.pooled_triton:_kernel_in_gluon", 4, values)
+    assert 2 * (compiled.shared + 1024) <= 228 * 1024, "two programs have room on a multiprocessor"
+    assert compiled.products == 24
+    assert compiled.spilled <= 256, "or a block's work waits for memory"
