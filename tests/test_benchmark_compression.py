@@ -91,4 +91,9 @@ def test_a_table_leaves_out_what_was_not_measured() -> None:
     assert "tokens/s" in header
     assert original.startswith("| original | 1,000 | 2.0000 (+0.0%) |  |")
     assert "| 3.0000 (+50.0%) | **2.5000 (+25.0%)** | 2.5000 (+25.0%) |" in svd
+    assert "rate" not in header
     assert machine == "a CPU, PyTorch 2, transformers 5. Healed at 0.1 of the training's learning rate."
+    header, *_, svd, _, machine = results_table(rows, (0.03, 0.1)).split("\n")
+    assert "| healed | rate | healed, int8 |" in header
+    assert "| **2.5000 (+25.0%)** | 0.1 | 2.5000 (+25.0%) |" in svd
+    assert machine.endswith("Healed at 0.03 and 0.1 of the training's learning rate; the better one (rate) counts.")

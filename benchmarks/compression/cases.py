@@ -122,7 +122,7 @@ CPU = Scale(
     steps=1500,
     learning_rate=4e-3,
     precision="float32",
-    healing_rates=(0.1,),
+    healing_rates=(0.03, 0.1),
     measured_rows=64,
     compression={
         "calibration_tokens": 1 << 15,

@@ -10,8 +10,8 @@ from benchmarks.compression.cases import METHODS, ORIGINAL, SCALES
 Row = dict[str, str]
 DOCS = REPOSITORY / "docs"
 HEADER = (
-    "method", "parameters of the matrices", "before healing", "healed", "healed, int8", "MB, int8", "GiB", "tokens/s",
-    "compiled", "decoded/s", "seconds",
+    "method", "parameters of the matrices", "before healing", "healed", "rate", "healed, int8", "MB, int8", "GiB",
+    "tokens/s", "compiled", "decoded/s", "seconds",
 )  # fmt: skip
 SPEEDS = ("tokens_per_second", "compiled_tokens_per_second", "decoded_tokens_per_second")
 COLOURS = dict(zip(METHODS, ("tab:red", "tab:green", "tab:olive", "tab:purple", "tab:cyan", "tab:blue"), strict=True))
@@ -79,6 +79,7 @@ def results_table(rows: Sequence[Row], healing_rates: Sequence[float]) -> str:
         if healed is not None:
             better = 2 if float(first["bits_per_byte"]) < float(healed["bits_per_byte"]) else 3
             cells[better] = f"**{cells[better]}**"
+        cells.insert(4, "" if healed is None or len(healing_rates) == 1 else healed["healing_rate"])
         cells.append(f"{int(first['bytes_int8']) / 1e6:#.3g}")
         cells.append(f"{float(first['memory_gib']):.2f}" if first.get("memory_gib") else "")
         cells += [f"{int(first[name]):,}" if first.get(name) else "" for name in SPEEDS]
@@ -89,10 +90,9 @@ def results_table(rows: Sequence[Row], healing_rates: Sequence[float]) -> str:
     body = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     devices = " and ".join(dict.fromkeys(row["device"] for row in rows))
     about = f"{devices}, PyTorch {rows[0]['torch']}, transformers {rows[0]['transformers']}."
-    used = sorted({row["healing_rate"] for row in rows if float(row["healing_rate"])})
-    if used:
+    if any(float(row["healing_rate"]) for row in rows):
         about += f" Healed at {' and '.join(map(str, healing_rates))} of the training's learning rate"
-        about += f"; the better one counts, which was {' or '.join(used)}." if len(healing_rates) > 1 else "."
+        about += "; the better one (rate) counts." if len(healing_rates) > 1 else "."
     return f"{body}\n\n{about}"
 
 
