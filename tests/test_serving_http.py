@@ -191,8 +191,13 @@ def test_memory_settles(server: Server, expected: list[Reference]) -> None:
     """A short form of `python -m benchmarks.serving soak`: what leaks grows with each hundred requests."""
 
     def ask(number: int) -> None:  # without the official client, which takes longer than the answer
-        status, text = server.complete(prompt=expected[number % len(expected)].prompt, max_tokens=2)
+        each = expected[number % len(expected)]
+        options = {"logprobs": 0, "ignore_eos": True, "return_tokens_as_token_ids": True}
+        status, text = server.complete(prompt=each.prompt, max_tokens=2, **options)
         assert status == 200, text
+        assert json.loads(text)["choices"][0]["logprobs"]["tokens"] == [
+            f"token_id:{token}" for token in each.tokens[:2]
+        ]
 
     grown: list[int] = []
     while not grown or grown[-1] > 1 << 20:  # caches and allocators fill up, slower and slower

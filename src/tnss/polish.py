@@ -45,6 +45,7 @@ def polish(
         for _ in range(8):
             shifted = normal.copy()
             shifted[diagonal, diagonal] += damping * scale
+            # of PyTorch's tensors, since it solves those by Cholesky
             step = solve(torch.from_numpy(shifted[None]), torch.from_numpy(gradient[None, :, None]))[0, :, 0].numpy()
             # what the step gains if the network were linear in its cores
             if float(step @ (gradient + damping * scale * step)) <= SMALLEST_GAIN * error:

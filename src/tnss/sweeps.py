@@ -160,7 +160,7 @@ class Plan:
         entries = math.prod(self.template.sizes)
         if entries > LARGE:
             held = _tree_peak(self.tree)
-            return held <= MOST_PARTIAL or held <= max(contraction.peak for contraction in self.explicit)
+            return held <= MOST_PARTIAL or held <= self._explicit_peak
         steps = sum(len(contraction.steps) + 2 for contraction in self.explicit)
         flops = sum(contraction.flops for contraction in self.explicit)
         for rows, size in zip(self.rows, self.template.sizes, strict=True):
@@ -174,7 +174,11 @@ class Plan:
     @cached_property
     def peak(self) -> float:
         """Entries of the largest partial contraction of a sweep of one network."""
-        return _tree_peak(self.tree) if self.uses_tree else max(contraction.peak for contraction in self.explicit)
+        return _tree_peak(self.tree) if self.uses_tree else self._explicit_peak
+
+    @property
+    def _explicit_peak(self) -> float:
+        return max(contraction.peak for contraction in self.explicit)
 
     def sweep(
         self,
@@ -271,6 +275,7 @@ def _tree_flops(node: _Node) -> float:
 
 
 def _tree_peak(node: _Node) -> float:
+    """Entries of the largest partial contraction of a node and of those below it."""
     own = [contraction.peak for contraction in (*node.data, *node.gram)]
     return max([*own, *map(_tree_peak, node.children)], default=0.0)
 
