@@ -429,7 +429,7 @@ def choose_kernels(
 ) -> tuple[Kernels, ...]:
     """The first choice first; the last one serves launches that the others do not suit (see :func:`_lay_out`).
 
-    On Hopper those of :mod:`tnl.ops.lightning_gluon` come first where they were quicker (H100, H200).
+    ``several``: sequences in a packed row. On Hopper those of :mod:`tnl.ops.lightning_gluon` come first where they were quicker (H100, H200).
     """
     if (
         dtype not in (torch.float16, torch.bfloat16)
@@ -447,11 +447,11 @@ def choose_kernels(
     if wide == 256:
         return IN_GLUON_WIDE, IN_TRITON
     if not backward:
-        last: tuple[Kernels, ...] = (IN_GLUON, IN_TRITON)
+        others: tuple[Kernels, ...] = (IN_GLUON, IN_TRITON)
     else:
-        last = (IN_TRITON,) if per_token or narrow < 128 else (IN_GLUON,)
+        others = (IN_TRITON,) if per_token or narrow < 128 else (IN_GLUON,)
     # Several sequences of a row end at different times, which more and quicker programs even out.
-    return last if narrow < 128 or several else (IN_GLUON_WIDE, *last)
+    return others if narrow < 128 or several else (IN_GLUON_WIDE, *others)
 
 
 def _lay_out(
