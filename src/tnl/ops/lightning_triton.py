@@ -429,8 +429,8 @@ def choose_kernels(
 ) -> tuple[Kernels, ...]:
     """The first choice first; the last one serves launches that the others do not suit (see :func:`_lay_out`).
 
-    On Hopper those of :mod:`tnl.ops.lightning_gluon` come first where they were quicker (H100, H200). ``several``: whether
-    a packed row holds several sequences.
+    On Hopper those of :mod:`tnl.ops.lightning_gluon` come first where they were quicker (H100, H200).
+    ``several``: whether a packed row holds several sequences.
     """
     if (
         dtype not in (torch.float16, torch.bfloat16)
