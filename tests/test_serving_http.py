@@ -192,7 +192,7 @@ def test_memory_settles(server: Server, expected: list[Reference]) -> None:
 
     def ask(number: int) -> None:  # without the official client, which takes longer than the answer
         each = expected[number % len(expected)]
-        options = {"logprobs": 0, "ignore_eos": True, "return_tokens_as_token_ids": True}
+        options: dict[str, Any] = {"logprobs": 0, "ignore_eos": True, "return_tokens_as_token_ids": True}
         status, text = server.complete(prompt=each.prompt, max_tokens=2, **options)
         assert status == 200, text
         assert json.loads(text)["choices"][0]["logprobs"]["tokens"] == [
