@@ -12,6 +12,7 @@ from benchmarks.language_modelling.runs import Run, add_arguments, execute
 __all__ = ["RUNS", "add_arguments", "run"]
 
 SIX_PASSES = 3600  # steps of 32,768 bytes over 20 MB
+BPE_STEP = 16384  # tokens of a step that are about 65,536 bytes
 SMALL: dict[str, Any] = {"size": "10m", "step_tokens": 32768}
 MORE_HEADS = {"num_attention_heads": 10}
 LOW_RATE = {"learning_rate": 1e-3}
@@ -54,8 +55,12 @@ RUNS = [
     overfit("dropout-0.1", "tnl", changes={"dropout": 0.1}),
     overfit("dropout-0.2", "tnl", changes={"dropout": 0.2}),
     overfit("decay-1-hybrid", "tnl", changes={"layer_types": hybrid(6, 3)}, optimizer=decay(1.0)),
-    half_a_pass("tnl-bpe", "tnl", tokenizer="bpe", seconds=42),
-    half_a_pass("llama-bpe", "llama", tokenizer="bpe", seconds=42),
+    overfit("decay-1-seed-1", "llama", optimizer=decay(1.0), seed=1),
+    overfit("decay-1-seed-1", "tnl", optimizer=decay(1.0), seed=1),
+    overfit("decay-0.5", "llama", optimizer=decay(0.5)),
+    overfit("decay-0.5", "tnl", optimizer=decay(0.5)),
+    Run("tnl-bpe", "tnl", tokenizer="bpe", step_tokens=BPE_STEP, seconds=110),
+    Run("llama-bpe", "llama", tokenizer="bpe", step_tokens=BPE_STEP, seconds=110),
     half_a_pass("tnl-python", "tnl", corpus="python"),
     half_a_pass("llama-python", "llama", corpus="python"),
     Run("gla", "gla", seconds=300),

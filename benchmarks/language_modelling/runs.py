@@ -32,7 +32,7 @@ TINY: dict[str, Any] = {"size": "tiny", "context": 64, "step_tokens": 256, "step
 TINY_BYTES = 6000
 POLL_SECONDS = 1.0
 SLOWER = 0.3  # by this share, for each slot more that a GPU has
-SLOTS = {"45m": 3}  # that a run of this size takes on a GPU; one for all others
+SLOTS = {"45m": 2}  # that a run of this size takes on a GPU; one for all others
 GRACE_SECONDS = 10  # before the end, in which a stopped run may write its checkpoint
 
 
@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="*", metavar="RUN", help="runs to make; all where none is named")
     parser.add_argument("--gpus", default="", help="GPUs to use, such as 0,1,2; all by default")
     parser.add_argument("--slots", type=int, default=1,
-                        help="runs at a time on each GPU, a large one counted as 3; they slow each other")  # fmt: skip
+                        help="runs at a time on each GPU, a large one counted as 2; they slow each other")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=0, help="stop after this time; 0: when all is done")
     parser.add_argument("--output", type=Path, default=RESULT_FOLDER, help="folder for the tables")
     parser.add_argument("--work", type=Path, default=REPOSITORY / "runs" / "language_modelling",
