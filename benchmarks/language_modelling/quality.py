@@ -61,6 +61,8 @@ RUNS = [
     overfit("decay-0.5", "tnl", optimizer=decay(0.5)),
     Run("tnl-bpe", "tnl", tokenizer="bpe", step_tokens=BPE_STEP, seconds=110),
     Run("llama-bpe", "llama", tokenizer="bpe", step_tokens=BPE_STEP, seconds=110),
+    Run("tnl-bpe-rate-1e-3", "tnl", tokenizer="bpe", step_tokens=BPE_STEP, optimizer=LOW_RATE, seconds=110),
+    Run("llama-bpe-rate-1e-3", "llama", tokenizer="bpe", step_tokens=BPE_STEP, optimizer=LOW_RATE, seconds=110),
     half_a_pass("tnl-python", "tnl", corpus="python"),
     half_a_pass("llama-python", "llama", corpus="python"),
     Run("gla", "gla", seconds=300),

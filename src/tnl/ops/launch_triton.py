@@ -38,7 +38,7 @@ class Launcher:
     ) -> None:
         """Launch as many programs on the current stream."""
         if self.ready():
-            self.launch(programs, [self.expand(i, x) for i, x in enumerate(tokens)], pointers, numbers)
+            self.launch(programs, [y for i, x in enumerate(tokens) for y in self.expand(i, x)], pointers, numbers)
         elif self.compiled is None:
             options = {"num_warps": self.tiles.warps, "num_stages": self.tiles.stages}
             self.compiled = self.kernel[(programs,)](*tokens, *pointers, *numbers, *self.fixed, **options)
@@ -74,14 +74,12 @@ class Launcher:
         """What the launcher in C takes for the descriptor: good for as long as its tensor has the same address."""
         return self.describe(descriptor, self.forms[index])
 
-    def launch(
-        self, programs: int, tokens: Sequence[list[Any]], pointers: Sequence[Tensor], numbers: tuple[Any, ...]
-    ) -> None:
-        """As a call, with descriptors that :meth:`expand` made."""
+    def launch(self, programs: int, tokens: list[Any], pointers: Sequence[Tensor], numbers: tuple[Any, ...]) -> None:
+        """As a call, with the descriptors one behind the other as :meth:`expand` made them."""
         assert self.in_c is not None
         self.in_c(
             programs, 1, 1, torch._C._cuda_getCurrentRawStream(self.device), *self.head,
-            *[x for token in tokens for x in token], *[x.data_ptr() for x in pointers], *numbers, *self.fixed,
+            *tokens, *[x.data_ptr() for x in pointers], *numbers, *self.fixed,
         )  # fmt: skip
 
 

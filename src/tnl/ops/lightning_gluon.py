@@ -73,11 +73,26 @@ def _fetch(
 
 
 @gluon.jit
-def _totals(LOG_DECAY, at, left, stride, BLOCK_T: gl.constexpr, whole: gl.constexpr):
-    """Running sums of the log decays of the block at ``at``, as in :func:`tnl.ops.lightning_triton._weights`."""
+def _decays(LOG_DECAY, at, left, stride, BLOCK_T: gl.constexpr, whole: gl.constexpr):
+    """Log decays of the block at ``at``, 0 beyond its tokens."""
     rows = gl.arange(0, BLOCK_T, whole)
-    decays = gl.load(LOG_DECAY + (at + rows).to(gl.int64) * stride, (rows < left) & (at + rows >= 0), 0.0)
-    return gl.associative_scan(decays, 0, _plus)
+    return gl.load(LOG_DECAY + (at + rows).to(gl.int64) * stride, (rows < left) & (at + rows >= 0), 0.0)
+
+
+@gluon.jit
+def _weigh(decays, weights, scale, REVERSE: gl.constexpr):
+    """Put a block's running sums, and its weights in reading and being written, where all threads can read them.
+
+    As in :func:`tnl.ops.lightning_triton._weights`. Returns the block's log decay.
+    """
+    total = gl.associative_scan(decays, 0, _plus)
+    last = gl.min(total, 0)
+    rising = gl.exp(total) * scale
+    falling = gl.exp(last - total)
+    weights.index(0).store(total)
+    weights.index(1).store(falling if REVERSE else rising)
+    weights.index(2).store(rising if REVERSE else falling)
+    return last
 
 
 @gluon.jit
@@ -170,6 +185,9 @@ def _walk(
         mbarrier.init(ready.index(i), count=1)
     fence_async_shared()
     turn = 0
+    if DECAY == 2:
+        in_a_row: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        weights = gl.allocate_shared_memory(gl.float32, [3, BLOCK_T], in_a_row)
 
     if SPLIT:
         own = gl.zeros([BLOCK_C, BLOCK_K], gl.float32, acc_state)
@@ -196,11 +214,9 @@ def _walk(
                 token = gl.arange(0, BLOCK_T, written)
                 left = length - at
                 if DECAY == 2:
-                    total = _totals(LOG_DECAY, at, left, decay_stride, BLOCK_T, whole)
-                    last = gl.min(total, 0)
-                    total = gl.convert_layout(total, written)
+                    last = _weigh(_decays(LOG_DECAY, at, left, decay_stride, BLOCK_T, whole), weights, scale, REVERSE)
                     decayed += last
-                    write = gl.exp(total) * scale if REVERSE else gl.exp(last - total)
+                    write = weights.index(2).load(written)
                 else:
                     count = gl.minimum(left, BLOCK_T)
                     last = rate * count
@@ -249,8 +265,10 @@ def _walk(
     zero = gl.zeros([BLOCK_C, BLOCK_T], gl.float32, acc_out)
     no_scores = gl.zeros([BLOCK_T, BLOCK_T], gl.float32, acc_scores)
     seen = key[:, None] >= query[None, :] if REVERSE else key[:, None] <= query[None, :]
-    if DECAY == 2:
-        total = _totals(LOG_DECAY, first, length - first, decay_stride, BLOCK_T, whole)
+    if DECAY == 2:  # a block's decays are asked for two blocks before, and weighed one block before
+        decays = _decays(LOG_DECAY, first, length - first, decay_stride, BLOCK_T, whole)
+        last = _weigh(decays, weights, scale, REVERSE)
+        decays = _decays(LOG_DECAY, first + step, length - first - step, decay_stride, BLOCK_T, whole)
     else:
         gap = (key[:, None] - query[None, :] if REVERSE else query[None, :] - key[:, None]).to(gl.float32)
         mask = scale * gl.exp(gl.where(seen, rate * gap, float("-inf")))
@@ -263,16 +281,14 @@ def _walk(
         y = y_smem.index(slot).reshape([BLOCK_T, BLOCK_K])
         z = z_smem.index(slot).reshape([BLOCK_T, BLOCK_C])
         if DECAY == 2:
-            last = gl.min(total, 0)
-            of_q = gl.convert_layout(total, of_query)
-            of_k = gl.convert_layout(total, of_key)
-            of_r = gl.convert_layout(total, of_out)
-            of_w = gl.convert_layout(total, written)
-            read = gl.exp(last - of_r) if REVERSE else gl.exp(of_r) * scale
-            write = gl.exp(of_w) * scale if REVERSE else gl.exp(last - of_w)
+            of_q = weights.index(0).load(of_query)
+            of_k = weights.index(0).load(of_key)
+            read = weights.index(1).load(of_out)
+            write = weights.index(2).load(written)
+            loss = _loss(last)
         else:
             count = gl.minimum(left, BLOCK_T)
-            last = rate * count
+            loss = _loss(rate * count)
             if REVERSE:
                 read = gl.exp(rate * gl.maximum(count - 1 - reader, 0))
                 write = gl.exp(rate * (token + 1)) * scale
@@ -292,14 +308,15 @@ def _walk(
         if DECAY == 2:
             gap = of_k[:, None] - of_q[None, :] if REVERSE else of_q[None, :] - of_k[:, None]
             mask = scale * gl.exp(gl.where(seen, gap, float("-inf")))
-            total = _totals(LOG_DECAY, at + step, left - step, decay_stride, BLOCK_T, whole)
+            last = _weigh(decays, weights, scale, REVERSE)
+            decays = _decays(LOG_DECAY, at + 2 * step, left - 2 * step, decay_stride, BLOCK_T, whole)
         inter = warpgroup_mma_wait(1, deps=[inter])
         out = inter * (read * (1.0 / shrink))[None, :]
         scores = warpgroup_mma_wait(0, deps=[scores])
         scores_smem.store((scores * mask).to(dtype))
         fence_async_shared()
         out = warpgroup_mma(z.permute((1, 0)), scores_smem, out, is_async=True)
-        state = warpgroup_mma(zw, y, state + state * _loss(last), is_async=True)
+        state = warpgroup_mma(zw, y, state + state * loss, is_async=True)
         out = warpgroup_mma_wait(1, deps=[out])
         pad.permute((1, 0)).store(out.to(dtype))
         if NEED_DIFFERENCE:

@@ -18,8 +18,8 @@ decay constant in a head the sum leaves out what will have faded to nothing.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -36,8 +36,6 @@ from tnl.ops.launch_triton import (
     describe_tokens,
     find_launcher,
     is_aligned,
-    launch_kernel,
-    pointer_or,
 )
 from tnl.ops.tiling_triton import (
     Cut,
@@ -485,70 +483,140 @@ def _decay_form(log_decay: Tensor | None) -> tuple[Tensor | None, int]:
     return log_decay.float().contiguous(), 1 if log_decay.dim() == 1 else 2
 
 
-def _new_states(sequences: int, q: Tensor, E: int, transposed: bool) -> Tensor:
-    heads, D = q.shape[2:]
-    shape = (sequences, heads, E, D) if transposed else (sequences, heads, D, E)
-    return torch.empty(shape, dtype=torch.float32, device=q.device)
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 class _Plan:
-    """All of a forward launch but addresses: the same for all calls whose arguments look alike."""
+    """All of a launch but addresses: the same for all calls whose arguments look alike. It holds no tensor."""
+
+    kernel: Any
+    tiled: tuple[tuple[int, int], ...]  # the kernel's descriptors: which of the tokens, in tiles of which width
+    constants: tuple[Any, ...]
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, pointers: tuple[Tensor | None, ...], scale: float,
-        return_final_state: bool, transposed: bool, precision: str,
+        self, tokens: tuple[Tensor, ...], cu_seqlens: Tensor | None, walks: tuple[int, int] | None,
+        decay: int, scale: float, precision: str, transposed: bool,
     ) -> None:  # fmt: skip
-        log_decay, initial_state, cu_seqlens = pointers
-        self.aligned = all(is_aligned(x) for x in (q, k, v))
-        tokens, heads, D = q.shape[1:]
+        """``tokens``: q, k, v, and backwards do; ``walks`` as for :func:`_lay_out`."""
+        q, k, v = tokens[:3]
+        length, heads, D = q.shape[1:]
         E = v.shape[-1]
-        decay = 0 if log_decay is None else 1 if log_decay.dim() == 1 else 2
-        self.kernels, tiles, cut = _lay_out(q, E, cu_seqlens, decay, precision == "ieee", None)
-        blocks = ceil_div(E, tiles.columns)
+        self.aligned = all(is_aligned(x) for x in tokens)
+        self.kernels, self.tiles, self.cut = _lay_out(q, E, cu_seqlens, decay, precision == "ieee", walks)
+        cut, columns = self.cut, self.tiles.columns
+        d_walks, e_walks = walks or (0, 1)
+        blocks = d_walks * ceil_div(D, columns) + e_walks * ceil_div(E, columns)
         self.programs = cut.items * heads * blocks
-        self.out = (*q.shape[:3], E)
-        matrix = (E, D) if transposed else (D, E)
-        self.states = (cut.sequences, heads, *matrix) if return_final_state or cut.split else None
         self.flags = 1 + cut.sequences * heads * blocks if cut.split else 0
-        self.numbers = (
-            scale, tokens, heads, heads // k.shape[2],
+        self.states = (cut.sequences, heads, E, D) if transposed else (cut.sequences, heads, D, E)
+        self.numbers: tuple[Any, ...] = (
+            scale, length, heads, heads // k.shape[2],
             cut.sequences, cut.segment, cut.lead, cut.per_sequence, cut.items,
         )  # fmt: skip
         self.sizes = (D, E)
-        self.constants = (
-            transposed, decay, initial_state is not None, return_final_state, cut.packed, cut.split, precision,
-            tiles.tokens, padded_width(D), tiles.columns,
-        )  # fmt: skip
-        self.tiles, self.packed = tiles, cut.packed
-        self.widths = (padded_width(D), padded_width(D), tiles.columns)
         self.launcher: Launcher | None = None
-        self.described: tuple[dict[int, list[Any]], ...] = ({}, {}, {})
+        self.expanded: dict[tuple[int, int], list[Any]] = {}
 
-    def launch(self, tokens: tuple[Tensor, ...], pointers: tuple[Tensor, ...]) -> None:
-        """Of ``tokens`` it keeps no more than what describes them to the kernel, by address."""
+    def launch(self, tokens: Sequence[Tensor], pointers: tuple[Tensor | None, ...]) -> None:
+        """``pointers``: the kernel's but for the flags; in place of None, which it does not follow, goes the first.
+
+        Of ``tokens`` it keeps no more than what describes them to the kernel, by address.
+        """
+        first = pointers[0]
+        assert first is not None
+        flags = torch.zeros(self.flags, dtype=torch.int32, device=first.device) if self.flags else None
+        followed = [first if x is None else x for x in (*pointers, flags)]
+        if not self.aligned:
+            tokens = [aligned(x) for x in tokens]
         launcher = self.launcher
         if launcher is None or not launcher.ready():
-            launcher = self.launcher = find_launcher(
-                self.kernels.forward, pointers, self.sizes, self.constants, self.tiles
-            )
-            launcher(self.programs, [self._describe(i, x) for i, x in enumerate(tokens)], pointers, self.numbers)
+            launcher = self.launcher = find_launcher(self.kernel, followed, self.sizes, self.constants, self.tiles)
+            described = [self._describe(tokens[i], width) for i, width in self.tiled]
+            launcher(self.programs, described, followed, self.numbers)
             return
-        expanded = []
-        for i, x in enumerate(tokens):
-            known, address = self.described[i], x.data_ptr()
-            if address not in known:
-                if len(known) == KEPT_ADDRESSES:
-                    known.clear()
-                known[address] = launcher.expand(i, self._describe(i, x))
-            expanded.append(known[address])
-        launcher.launch(self.programs, expanded, pointers, self.numbers)
+        addresses = [x.data_ptr() for x in tokens]
+        expanded: list[Any] = []
+        for place, (i, width) in enumerate(self.tiled):
+            key = (place, addresses[i])
+            arguments = self.expanded.get(key)
+            if arguments is None:
+                if len(self.expanded) == KEPT_DESCRIPTORS:
+                    self.expanded.clear()
+                arguments = self.expanded[key] = launcher.expand(place, self._describe(tokens[i], width))
+            expanded += arguments
+        launcher.launch(self.programs, expanded, followed, self.numbers)
 
-    def _describe(self, index: int, x: Tensor) -> TensorDescriptor:
-        return self.kernels.describe(x, self.tiles.tokens, self.widths[index], self.packed)
+    def _describe(self, x: Tensor, width: int) -> TensorDescriptor:
+        return self.kernels.describe(x, self.tiles.tokens, width, self.cut.packed)
 
 
-KEPT_ADDRESSES, KEPT_PLANS = 64, 4096
-_plans: dict[Any, _Plan] = {}
+class _ForwardPlan(_Plan):
+    def __init__(
+        self, tokens: tuple[Tensor, ...], pointers: tuple[Tensor | None, ...],
+        decay: int, scale: float, precision: str, transposed: bool, return_final_state: bool,
+    ) -> None:  # fmt: skip
+        _, initial_state, cu_seqlens = pointers
+        super().__init__(tokens, cu_seqlens, None, decay, scale, precision, transposed)
+        D, E = self.sizes
+        tiles, cut = self.tiles, self.cut
+        block_d = padded_width(D)
+        self.out = (*tokens[0].shape[:3], E)
+        self.stores_state = return_final_state or cut.split
+        self.kernel = self.kernels.forward
+        self.tiled = ((0, block_d), (1, block_d), (2, tiles.columns))
+        self.constants = (
+            transposed, decay, initial_state is not None, return_final_state, cut.packed, cut.split, precision,
+            tiles.tokens, block_d, tiles.columns,
+        )  # fmt: skip
+
+
+class _BackwardPlan(_Plan):
+    def __init__(
+        self, tokens: tuple[Tensor, ...], pointers: tuple[Tensor | None, ...],
+        decay: int, scale: float, precision: str, transposed: bool, need_decay: bool, need_dq: bool,
+    ) -> None:  # fmt: skip
+        _, initial_state, dfinal_state, cu_seqlens = pointers
+        super().__init__(tokens, cu_seqlens, (2 if need_dq else 1, 1), decay, scale, precision, transposed)
+        D, E = self.sizes
+        tiles, cut = self.tiles, self.cut
+        batch, length, heads, _ = tokens[0].shape
+        block_d, block_e, block_c = padded_width(D), padded_width(E), tiles.columns
+        self.gradients = [(batch, length, heads, width) for width in (D * need_dq, D, E)]
+        self.difference = (2, ceil_div(D, tiles.columns), batch, heads, length)
+        self.stores_states = (cut.split, cut.split, cut.split or initial_state is not None)
+        self.numbers += (batch * length * heads,)
+        self.kernel = self.kernels.backward
+        self.tiled = (
+            (0, block_d), (1, block_d), (2, block_e), (3, block_e), (0, block_c), (1, block_c), (3, block_c)
+        )  # fmt: skip
+        self.constants = (
+            transposed, decay, initial_state is not None, dfinal_state is not None, need_decay,
+            cut.packed, cut.split, need_dq, precision, tiles.tokens, block_d, block_e, block_c,
+        )  # fmt: skip
+
+
+KEPT_DESCRIPTORS, KEPT_PLANS = 512, 1024
+_plans: dict[Any, Any] = {}
+AnyPlan = TypeVar("AnyPlan", bound=_Plan)
+
+
+def _find_plan(
+    kind: Callable[..., AnyPlan], tokens: tuple[Tensor, ...], pointers: tuple[Tensor | None, ...], *options: Any
+) -> AnyPlan:
+    """``kind(tokens, pointers, *options)``, or the one of a call that looked alike."""
+    key = [kind, options, tokens[0].dtype, tokens[0].device]
+    for x in tokens:
+        key += (x.shape, x.stride(), x.data_ptr() % 16 == 0)
+    for pointer in pointers:
+        key.append(None if pointer is None else (pointer.shape, pointer.dtype, pointer.data_ptr() % 16 == 0))
+    found = tuple(key)
+    plan = _plans.get(found)
+    if plan is None:
+        if len(_plans) == KEPT_PLANS:
+            _plans.clear()
+        plan = _plans[found] = kind(tokens, pointers, *options)
+    return plan
 
 
 def forward(
@@ -563,30 +631,18 @@ def forward(
     transposed: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """``(o, final_state)``; shapes as in :func:`tnl.ops.lightning_attention`, states ``[.., E, D]`` if transposed."""
-    if log_decay is not None and (log_decay.dtype != torch.float32 or not log_decay.is_contiguous()):
-        log_decay = log_decay.float().contiguous()
-    if initial_state is not None and not initial_state.is_contiguous():
-        initial_state = initial_state.contiguous()
-    precision = product_precision(q.dtype)
-    pointers = (log_decay, initial_state, cu_seqlens)
-    key = (
-        q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, q.device, scale, return_final_state,
-        transposed, precision, (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16,
-        *(None if x is None else (x.shape, x.dtype, x.data_ptr() % 16 == 0) for x in pointers),
+    log_decay, decay = _decay_form(log_decay)
+    initial_state = _contiguous(initial_state)
+    tokens = (q, k, v)
+    plan = _find_plan(
+        _ForwardPlan, tokens, (log_decay, initial_state, cu_seqlens),
+        decay, scale, product_precision(q.dtype), transposed, return_final_state,
     )  # fmt: skip
-    plan = _plans.get(key)
-    if plan is None:
-        if len(_plans) == KEPT_PLANS:
-            _plans.clear()
-        plan = _plans[key] = _Plan(q, k, v, pointers, scale, return_final_state, transposed, precision)
-    if not plan.aligned:
-        q, k, v = aligned(q), aligned(k), aligned(v)
     o = torch.empty(plan.out, dtype=q.dtype, device=q.device)
     final_state = None
-    if plan.states is not None:
+    if plan.stores_state:
         final_state = torch.empty(plan.states, dtype=torch.float32, device=q.device)
-    flags = torch.zeros(plan.flags, dtype=torch.int32, device=q.device) if plan.flags else None
-    plan.launch((q, k, v), tuple(o if x is None else x for x in (o, *pointers[:2], final_state, cu_seqlens, flags)))
+    plan.launch(tokens, (o, log_decay, initial_state, final_state, cu_seqlens))
     return o, final_state
 
 
@@ -608,50 +664,25 @@ def backward(
 
     Without ``need_dq``, which ``need_decay`` needs, dq is empty memory of no size.
     """
-    batch, tokens, heads, D = q.shape
-    E, kv_heads = v.shape[-1], k.shape[2]
+    heads, kv_heads, device = q.shape[2], k.shape[2], q.device
     log_decay, decay = _decay_form(log_decay)
-    precision = product_precision(q.dtype)
-    walks = (2 if need_dq else 1, 1)
-    kernels, tiles, cut = _lay_out(q, E, cu_seqlens, decay, precision == "ieee", walks)
-    d_blocks, e_blocks = ceil_div(D, tiles.columns), ceil_div(E, tiles.columns)
-    blocks = walks[0] * d_blocks + e_blocks
-    dq, dk, dv = (
-        torch.empty(batch, tokens, heads, width, dtype=q.dtype, device=q.device) for width in (D * need_dq, D, E)
-    )
-    q, k, v, do = aligned(q), aligned(k), aligned(v), aligned(do)
-    states: list[Tensor | None] = [None, None, None]
-    flags = difference = None
-    for i in range(3):
-        if cut.split or (i == 2 and initial_state is not None):
-            states[i] = _new_states(cut.sequences, q, E, transposed)
-    if cut.split:
-        flags = torch.zeros(1 + cut.sequences * heads * blocks, dtype=torch.int32, device=q.device)
-    if need_decay:
-        difference = torch.empty(2, d_blocks, batch, heads, tokens, dtype=torch.float32, device=q.device)
-    initial_state, dfinal_state = (x if x is None else x.contiguous() for x in (initial_state, dfinal_state))
-    block_d, block_e, block_c = padded_width(D), padded_width(E), tiles.columns
-    widths = ((q, block_d), (k, block_d), (v, block_e), (do, block_e), (q, block_c), (k, block_c), (do, block_c))
-    launch_kernel(
-        kernels.backward, cut.items * heads * blocks,
-        tuple(kernels.describe(x, tiles.tokens, width, cut.packed) for x, width in widths),
+    initial_state, dfinal_state = _contiguous(initial_state), _contiguous(dfinal_state)
+    tokens = (q, k, v, do)
+    plan = _find_plan(
+        _BackwardPlan, tokens, (log_decay, initial_state, dfinal_state, cu_seqlens),
+        decay, scale, product_precision(q.dtype), transposed, need_decay, need_dq,
+    )  # fmt: skip
+    dq, dk, dv = [torch.empty(shape, dtype=q.dtype, device=device) for shape in plan.gradients]
+    difference = torch.empty(plan.difference, dtype=torch.float32, device=device) if need_decay else None
+    states = [
+        torch.empty(plan.states, dtype=torch.float32, device=device) if stored else None
+        for stored in plan.stores_states
+    ]
+    plan.launch(
+        tokens,
         (
-            dq if need_dq else dk, dk, dv,
-            *(
-                pointer_or(x, dk)
-                for x in (difference, log_decay, initial_state, dfinal_state, *states, cu_seqlens, flags)
-            ),
+            dq if need_dq else dk, dk, dv, difference, log_decay, initial_state, dfinal_state, *states, cu_seqlens,
         ),
-        (
-            scale, tokens, heads, heads // kv_heads,
-            cut.sequences, cut.segment, cut.lead, cut.per_sequence, cut.items, batch * tokens * heads,
-        ),
-        (D, E),
-        (
-            transposed, decay, initial_state is not None, dfinal_state is not None, need_decay,
-            cut.packed, cut.split, need_dq, precision, tiles.tokens, block_d, block_e, block_c,
-        ),
-        tiles,
     )  # fmt: skip
     if kv_heads != heads:
         dk, dv = (x.unflatten(2, (kv_heads, -1)).sum(3) for x in (dk, dv))
