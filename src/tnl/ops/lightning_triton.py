@@ -629,8 +629,12 @@ def forward(
     scale: float,
     return_final_state: bool,
     transposed: bool = False,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``(o, final_state)``; shapes as in :func:`tnl.ops.lightning_attention`, states ``[.., E, D]`` if transposed."""
+    """``(o, final_state)``; shapes as in :func:`tnl.ops.lightning_attention`, states ``[.., E, D]`` if transposed.
+
+    ``out``: contiguous memory for o, else it is allocated.
+    """
     log_decay, decay = _decay_form(log_decay)
     initial_state = _contiguous(initial_state)
     tokens = (q, k, v)
@@ -638,7 +642,7 @@ def forward(
         _ForwardPlan, tokens, (log_decay, initial_state, cu_seqlens),
         decay, scale, product_precision(q.dtype), transposed, return_final_state,
     )  # fmt: skip
-    o = torch.empty(plan.out, dtype=q.dtype, device=q.device)
+    o = torch.empty(plan.out, dtype=q.dtype, device=q.device) if out is None else out
     final_state = None
     if plan.stores_state:
         final_state = torch.empty(plan.states, dtype=torch.float32, device=q.device)
