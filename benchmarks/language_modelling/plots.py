@@ -14,7 +14,7 @@ DOCS = REPOSITORY / "docs"
 PAGE = DOCS / "quality.md"
 DEFAULTS = {"learning_rate": 2e-3}
 # Runs that the plots of learning curves show, as far as they are there.
-CURVES = ("tnl", "tnl-rate-1e-3", "tnl-10-heads", "hybrid", "llama", "llama-rate-1e-3")
+CURVES = ("tnl", "tnl-rate-1e-3", "tnl-10-heads", "hybrid", "llama", "llama-rate-1e-3", "gla")
 BASE = "base"
 POSITIONS = {"quality": "45m", "length": "10m", "ablations": "10m"}  # tables of scores by position, and their sizes
 LONG_READERS = {"45m": ("tnl", "tnl-seed-1", "tnl-10-heads"), "10m": ("tnl-512", "tnl-2048", "tnl-8192", "tnl-65536")}
@@ -78,16 +78,17 @@ def plot_quality(output: Path) -> None:
     rows = [row | {"differs": differences(row)} for row in read_rows(output / "quality.csv")]
     rows.sort(key=lambda row: (row["corpus"], row["tokenizer"], row["model"] != "tnl", row["model"], row["run"]))
     for row in rows:
+        row["train"] = row[f"train_{row['context']}"]
         if row["side_by_side"] != "1":
             row["tokens_per_second"] = ""  # not that of the model alone
-    large = [row for row in rows if row["size"] == "45m"]
-    about = {"run": "run", "differs": "differs"}
-    publish("two passes", large, about | {"tokens_per_second": "tokens/s"} | SCORES | {"train_2048": "training text"})
-    both = {"validation_2048": "validation", "test_2048": "test", "train_2048": "training text"}
-    publish("six passes", [row for row in rows if "6-passes" in row["run"]], about | both)
     others = [row for row in rows if row["tokenizer"] == "bpe" or row["corpus"] == "python"]
+    large = [row for row in rows if row["size"] == "45m" and row not in others]
+    about = {"run": "run", "differs": "differs"}
+    publish("two passes", large, about | {"tokens_per_second": "tokens/s"} | SCORES | {"train": "training text"})
+    both = {"validation_2048": "validation", "test_2048": "test", "train": "training text"}
+    publish("six passes", [row for row in rows if "6-passes" in row["run"]], about | both)
     if others:
-        publish("other texts", others, {"run": "run", "corpus": "text", "tokenizer": "tokens"} | both)
+        publish("other texts", others, about | {"corpus": "text", "tokenizer": "tokens"} | both)
     curves = defaultdict(list)
     for point in read_rows(output / "quality-curves.csv"):
         if point["held_out_loss"]:
