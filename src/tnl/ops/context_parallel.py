@@ -17,14 +17,17 @@ Summing up reads keys and values once more (where decay makes a token's weight z
 is not lost: where heads are too few to fill a GPU, the part is cut into segments, each is summed up for itself, and all
 are computed at once, each from the state that enters it.
 
-Backwards, the gradient of the queries, a third of the work, needs only states of the forward pass: it is launched
-behind the exchange and does not wait for it. Forwards there is nothing of the kind. The part could be computed from an
-empty state meanwhile, but adding what the entering state contributes reads q and rewrites o, which rounds it twice and
-takes longer than the exchange.
+Backwards, the gradient of the queries, a third of the work, needs only states of the forward pass: a second stream
+computes it beside the exchange, and beside the other gradients, which wait for the exchange. Forwards there is nothing
+of the kind. The part could be computed from an empty state meanwhile, but adding what the entering state contributes
+reads q and rewrites o, which rounds it twice and takes longer than the exchange.
 """
 
 import bisect
+import contextlib
+import functools
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +48,7 @@ from tnl.ops.lightning import (
 )
 
 CHUNK = 1024  # tokens that the PyTorch form sums up at once
+HEAD_START = 4000  # clock cycles, 2 us, of the exchange before what runs beside it
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from PyTorch 2.13 on
 
 
@@ -325,19 +329,18 @@ class _Exchange:
         else:
             self.own = _leave(*arguments)
 
-    def start(self) -> "_Exchange":
-        """Send ``state`` and ``decay``, once they are filled, round."""
+    def run(self) -> None:
+        """Send ``state`` and ``decay``, once they are filled, round.
+
+        On the current stream, whose next kernel has to wait for it in any case: NCCL's own stream would be two events
+        away, there and back.
+        """
         group = self._options.group
         self._received = self._sent.new_empty(dist.get_world_size(group), len(self._sent))
-        self._work = _all_gather(self._received.view(-1), self._sent, group=group, async_op=True)
-        return self
-
-    def wait(self) -> None:
-        """Let this rank's device wait for the others."""
-        self._work.wait()
+        _all_gather(self._received.view(-1), self._sent, group=group)
 
     def decays(self) -> Tensor:
-        """Forward, after :meth:`wait`: the total log decays of all ranks ``[R, B, Hq]``."""
+        """Forward, after :meth:`run`: the total log decays of all ranks ``[R, B, Hq]``."""
         assert self.decay is not None
         return self._received[:, self._size :].clone().view(-1, *self.decay.shape)
 
@@ -429,6 +432,36 @@ def _enter(
     return entering
 
 
+@functools.lru_cache
+def _second_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def _beside(device: torch.device) -> Iterator[contextlib.AbstractContextManager[Any]]:
+    """Enter what it gives to launch on a second stream, behind all that is on the current one as the block begins.
+
+    At the end of the block, after an error too, the current stream waits for the second. So memory of the current
+    stream may be used on the second if it is held until then. What the second one allocates must not be used
+    elsewhere: it would be given to the next block while the current stream of this one may still read it.
+
+    An exchange that is launched first in the block also gets its multiprocessors first. A walk often has one program
+    for each of them, all of which start at once and end together, and NCCL's kernel would wait for that; behind an
+    exchange, they take the places that are left, and those of the exchange when it ends.
+    """
+    if device.type != "cuda":
+        yield contextlib.nullcontext()
+        return
+    current, second = torch.cuda.current_stream(device), _second_stream(device)
+    second.wait_stream(current)
+    try:
+        with torch.cuda.stream(second):
+            torch.cuda._sleep(HEAD_START)
+        yield torch.cuda.stream(second)
+    finally:
+        current.wait_stream(second)
+
+
 # --- Forward and backward --------------------------------------------------------------------------------------
 
 
@@ -462,8 +495,8 @@ class _ContextParallel(torch.autograd.Function):
         if log_decay is not None and log_decay.dim() == 3:
             log_decay = _cut(log_decay, segments)
         begun = None if initial_state is None else initial_state[part.rows]
-        exchange = _send(k, v, log_decay, begun, q, part, options, before=False)
-        exchange.wait()
+        exchange = _leaving(k, v, log_decay, begun, q, part, options, before=False)
+        exchange.run()
         decays = exchange.decays()
         local = _entering(exchange, decays, begun, part, options, before=False)
         o, final = registered.attention(
@@ -496,25 +529,30 @@ class _ContextParallel(torch.autograd.Function):
             dwhole = _zeros(q, options.sequences, *shape) if dwhole is None else dwhole.contiguous().clone()
             dist.all_reduce(dwhole, group=options.group)
             ended = dwhole[part.rows]
-        exchange = _send(q, do, log_decay, ended, q, part, options, before=True)
-        ahead = options.backend == "triton" and not ctx.need_decay
-        if ahead:  # without waiting for the exchange: dq = A>(do, v, k), from the states of the forward pass
-            dq, _ = registered.attention(
-                do, v, k, log_decay, local, part.bounds, options.scale, False, options.backend, True
-            )
-        exchange.wait()
-        dlocal = _entering(exchange, decays, ended, part, options, before=True)
-        arguments = (do, dlocal, q, k, v, log_decay, local)
-        if ahead:
+        exchange = _leaving(q, do, log_decay, ended, q, part, options, before=True)
+        if options.backend == "triton" and not ctx.need_decay:
             from tnl.ops import lightning_triton
 
-            _, dk, dv, dinitial, _ = call_on_device(
-                lightning_triton.backward, *arguments, part.bounds, options.scale, False, False, False
-            )
+            dq = q.new_empty(q.shape)
+            with _beside(q.device) as second:
+                exchange.run()
+                with second:  # dq = A>(do, v, k), from the states of the forward pass
+                    call_on_device(
+                        lightning_triton.forward,
+                        do, v, k, log_decay, local, part.bounds, options.scale, False, True, dq,
+                    )  # fmt: skip
+                dlocal = _entering(exchange, decays, ended, part, options, before=True)
+                _, dk, dv, dinitial, _ = call_on_device(
+                    lightning_triton.backward,
+                    do, dlocal, q, k, v, log_decay, local, part.bounds, options.scale, False, False, False,
+                )  # fmt: skip
         else:
+            exchange.run()
+            dlocal = _entering(exchange, decays, ended, part, options, before=True)
             dq, dk, dv, dlog_decay, dinitial = registered.attention_backward(
-                *arguments, final, part.bounds, options.scale, ctx.need_decay, options.backend
-            )
+                do, dlocal, q, k, v, log_decay, local, final, part.bounds, options.scale, ctx.need_decay,
+                options.backend,
+            )  # fmt: skip
         dinitial_state = None
         if ctx.has_initial_state:
             assert dinitial is not None
@@ -532,7 +570,7 @@ def _zeros(q: Tensor, *shape: int) -> Tensor:
     return torch.zeros(*shape, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
 
 
-def _send(
+def _leaving(
     y: Tensor,
     z: Tensor,
     log_decay: Tensor | None,
@@ -542,7 +580,7 @@ def _send(
     options: _Options,
     before: bool,
 ) -> _Exchange:
-    """Sum up the state that leaves this rank's tokens, without what enters them from other ranks, and send it round.
+    """An exchange of the state that leaves this rank's tokens, without what enters them from other ranks, to be run.
 
     ``begun``: states of this rank's sequences that begin here; backwards their gradients, of those that end here.
     """
@@ -563,13 +601,13 @@ def _send(
         exchange.state.zero_()
     if exchange.decay is not None and not part.passes:
         exchange.decay.fill_(-torch.inf)
-    return exchange.start()
+    return exchange
 
 
 def _entering(
     exchange: _Exchange, decays: Tensor, begun: Tensor | None, part: _Part, options: _Options, before: bool
 ) -> Tensor | None:
-    """The states that enter this rank's sequences or segments, None for zeros; ``begun`` as for :func:`_send`."""
+    """The states that enter this rank's sequences or segments, None for zeros; ``begun`` as for :func:`_leaving`."""
     enters = part.tail < part.tokens if before else part.head > 0
     if part.bounds is None:
         if not enters and begun is None and options.segments == 1:
