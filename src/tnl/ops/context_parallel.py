@@ -560,6 +560,7 @@ class _ContextParallel(torch.autograd.Function):
             dinitial_state[part.rows][part.begins] = dinitial[::segments][part.begins]
         rate = None  # the gradient of the decay
         if ctx.need_decay:
+            assert dlog_decay is not None
             rate = _join(dlog_decay, segments if log_decay.dim() == 3 else 1)
         dq, dk, dv = (_join(x, segments) for x in (dq, dk, dv))
         return dq, dk, dv, rate, dinitial_state, None, None

@@ -34,6 +34,7 @@ torch.library.define(
 attention_operator = torch.ops.tnl.lightning_attention.default
 attention_backward_operator = torch.ops.tnl.lightning_attention_backward.default
 step_operator = torch.ops.tnl.lightning_attention_step.default
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # of q, k, v, log_decay, initial_state
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
@@ -126,7 +127,7 @@ torch.library.register_fake("tnl::lightning_attention")(_forward_fake)
 # --- Backward --------------------------------------------------------------------------------------------------
 
 
-def _backward(
+def _run_backward(
     do: Tensor,
     dfinal_state: Tensor | None,
     q: Tensor,
@@ -140,19 +141,24 @@ def _backward(
     need_decay: bool,
     backend: str,
     transposed: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Gradients:
     dq, dk, dv, dinitial_state, difference = call_on_device(
         _implementation(backend).backward,
         do, dfinal_state, q, k, v, log_decay, initial_state, cu_seqlens, scale, need_decay, transposed,
     )  # fmt: skip
-    dlog_decay = _new_state(q, (0,))
+    dlog_decay = None
     if need_decay:
         assert log_decay is not None
         final_term = None
         if dfinal_state is not None and final_state is not None:
             final_term = (final_state * dfinal_state).sum((-1, -2))
         dlog_decay = _decay_gradient(difference, final_term, log_decay, cu_seqlens)
-    return dq, dk, dv, dlog_decay, _new_state(q, (0,)) if initial_state is None else dinitial_state
+    return dq, dk, dv, dlog_decay, None if initial_state is None else dinitial_state
+
+
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    q = arguments[2]
+    return tuple(_new_state(q, (0,)) if x is None else x for x in _run_backward(*arguments))
 
 
 def _decay_gradient(
@@ -232,12 +238,14 @@ class _Attention(torch.autograd.Function):
             do = q.new_zeros(*q.shape[:-1], v.shape[-1])
         elif do.stride(-1) != 1:
             do = do.contiguous()
-        dq, dk, dv, *others = attention_backward(
+        dq, dk, dv, dlog_decay, dinitial_state = attention_backward(
             do, dfinal_state, q, k, v, log_decay, initial_state, final_state, cu_seqlens, scale, ctx.need_decay,
             backend, transposed,
         )  # fmt: skip
-        dlog_decay = others[0] if ctx.need_decay else None
-        dinitial_state = None if initial_state is None else others[1]
+        if not ctx.need_decay:
+            dlog_decay = None
+        if initial_state is None:
+            dinitial_state = None
         return dq, dk, dv, dlog_decay, dinitial_state, None, None, None, None, None
 
 
@@ -266,13 +274,13 @@ def attention(*arguments: Any) -> tuple[Tensor, Tensor | None]:
     return attention_operator(*arguments) if _is_watched(arguments[:6]) else _Attention.apply(*arguments)
 
 
-def attention_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    """Its gradient, by the shortest way."""
+def attention_backward(*arguments: Any) -> Gradients:
+    """Its gradient, by the shortest way; what is not asked for may be None or any tensor."""
     # torch.autograd.grad(is_grads_batched=True) calls with batched gradients that are none of those
     batched = any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in arguments[:2])
     if batched or torch.is_grad_enabled() or _is_watched(arguments[:9]):
         return attention_backward_operator(*arguments)
-    return _backward(*arguments)
+    return _run_backward(*arguments)
 
 
 def step(*arguments: Any) -> Tensor:

@@ -556,7 +556,7 @@ class _ForwardPlan(_Plan):
         self, tokens: tuple[Tensor, ...], pointers: tuple[Tensor | None, ...],
         decay: int, scale: float, precision: str, transposed: bool, return_final_state: bool,
     ) -> None:  # fmt: skip
-        _, initial_state, cu_seqlens = pointers
+        _, initial_state, cu_seqlens, _ = pointers
         super().__init__(tokens, cu_seqlens, None, decay, scale, precision, transposed)
         D, E = self.sizes
         tiles, cut = self.tiles, self.cut
@@ -639,7 +639,7 @@ def forward(
     initial_state = _contiguous(initial_state)
     tokens = (q, k, v)
     plan = _find_plan(
-        _ForwardPlan, tokens, (log_decay, initial_state, cu_seqlens),
+        _ForwardPlan, tokens, (log_decay, initial_state, cu_seqlens, out),
         decay, scale, product_precision(q.dtype), transposed, return_final_state,
     )  # fmt: skip
     o = torch.empty(plan.out, dtype=q.dtype, device=q.device) if out is None else out
