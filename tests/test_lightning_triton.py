@@ -1,5 +1,9 @@
 """The Triton kernels of lightning attention: under the interpreter (tier T1) and on a GPU (tier T3, marked gpu)."""
 
+import gc
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -34,6 +38,7 @@ CASES = [
 @pytest.fixture
 def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cuts every sequence of more than 64 tokens, as a launch of few heads would: 48 tokens a segment, 16 to lead."""
+    monkeypatch.setattr(lightning_triton, "_plans", {})  # those of calls that were not cut would serve too
     monkeypatch.setattr(tiling_triton, "cut_sequence", lambda tokens, *_: (48, 16) if tokens > 64 else (tokens, tokens))
 
 
@@ -56,6 +61,7 @@ def test_segments(case: Case, decay: str, short_segments: None, nan_filled_memor
 @pytest.mark.parametrize("reverse", [False, True])
 def test_segments_that_fade(reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A segment's sum leaves out what fades to nothing before the segment ends, and nothing else."""
+    monkeypatch.setattr(lightning_triton, "_plans", {})
     monkeypatch.setattr(tiling_triton, "cut_sequence", lambda *_: (96, 96))
     case = Case(B=1, T=300, Hq=4, H=4, D=16, E=16)
     q, k, v = (case.inputs(torch.float32)[name].requires_grad_() for name in ("q", "k", "v"))
@@ -84,6 +90,89 @@ def test_strides_and_addresses() -> None:
     o, _ = lightning_attention(q, k, v, x["log_decay"], backend="triton")
     expected, _ = lightning_attention(x["q"], x["k"], x["v"], x["log_decay"], backend="triton")
     torch.testing.assert_close(o, expected)
+
+
+def moved(x: torch.Tensor) -> torch.Tensor:
+    """``x`` at an address that is no multiple of 16 bytes."""
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+
+def heads_first(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def both_passes(x: dict[str, Any], need_decay: bool = False, need_dq: bool = True) -> list[torch.Tensor | None]:
+    """All that the two passes compute of arguments and gradients as :meth:`Case.inputs` makes them."""
+    shared = (x["q"], x["k"], x["v"], x["log_decay"], x["initial_state"], x["cu_seqlens"], 0.7)
+    gradients = lightning_triton.backward(x["do"], x["dfinal_state"], *shared, need_decay, need_dq=need_dq)
+    return [*lightning_triton.forward(*shared, return_final_state=True), *gradients]
+
+
+def checker_of_plans(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Checks that calls compute with the plans of those before them what they do with none, bit by bit."""
+    kept: dict[Any, Any] = {}
+
+    def check_plans(new: int, x: dict[str, Any], **options: bool) -> None:
+        """``new``: plans that these two calls add to those of the calls before them."""
+        before = len(kept)
+        monkeypatch.setattr(lightning_triton, "_plans", {})
+        expected = both_passes(x, **options)
+        monkeypatch.setattr(lightning_triton, "_plans", kept)
+        for _ in range(2 if x["q"].is_cuda else 1):  # on a GPU, what a plan keeps of addresses serves the second time
+            for actual, other in zip(both_passes(x, **options), expected, strict=True):
+                assert torch.equal(actual, other) if actual is not None and other is not None else actual is other
+        assert len(kept) == before + new
+
+    return check_plans
+
+
+def check_calls_that_look_alike(
+    D: int, E: int, dtype: torch.dtype, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_plans = checker_of_plans(monkeypatch)
+    case = Case(B=1, T=9, Hq=2, H=1, D=D, E=E)
+    x = case.inputs(dtype, device)
+    do, dfinal_state = x["do"], x["dfinal_state"]
+    check_plans(2, x)
+    check_plans(0, case.inputs(dtype, device, seed=1))  # other values at other addresses
+    check_plans(0, x | {"dfinal_state": dfinal_state.mT.contiguous().mT})  # is copied
+    check_plans(1, x | {"dfinal_state": None})
+    check_plans(2, x | {"initial_state": None})
+    check_plans(2, x | {"initial_state": moved(x["initial_state"])})
+    for name in ("q", "k"):  # each has a copy where the other one has none
+        check_plans(2, x | {name: moved(x[name])})
+    check_plans(2, x | {"q": heads_first(x["q"])})
+    for gradient in (moved(do), heads_first(do), do[:, :1].expand(do.shape)):
+        check_plans(1, x | {"do": gradient})
+    check_plans(1, x, need_dq=False)
+    check_plans(1, x, need_decay=True)
+    check_plans(2, x | {"log_decay": None})
+    check_plans(2, x | {"log_decay": -torch.rand(case.B, case.T, case.Hq, device=device)})
+    for new, bounds in ((2, (0, 5, 9)), (0, (0, 1, 9))):
+        check_plans(new, Case(**{**vars(case), "bounds": bounds}).inputs(dtype, device))
+
+
+@interpreted
+def test_calls_that_look_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_calls_that_look_alike(16, 24, torch.float16, "cpu", monkeypatch)
+
+
+def tensors() -> list[torch.Tensor]:
+    gc.collect()
+    return [x for x in gc.get_objects() if type(x) is torch.Tensor]
+
+
+@interpreted
+def test_plans_hold_no_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither arguments, nor their copies, nor what was computed."""
+    monkeypatch.setattr(lightning_triton, "_plans", {})
+    before = tensors()
+    x = Case(B=1, T=21, bounds=(0, 5, 21)).inputs(torch.float16)
+    both_passes(x | {"q": moved(x["q"])}, need_decay=True)
+    del x
+    assert len(lightning_triton._plans) == 2
+    known = {id(x) for x in before}
+    assert not [x for x in tensors() if id(x) not in known]
 
 
 @interpreted
@@ -264,6 +353,30 @@ def check_by_chunks(case: Case, dtype: torch.dtype) -> None:
     assert_as_good_as_eager(
         results(case, "triton", inputs), results(case, "eager", inputs), results(case, "torch", wide), dtype
     )
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(("D", "E"), [(16, 24), (128, 128)])
+def test_gpu_calls_that_look_alike(D: int, E: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_calls_that_look_alike(D, E, torch.bfloat16, "cuda", monkeypatch)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_gpu_addresses_of_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than a plan keeps, one behind the other in the same memory; and no memory is held."""
+    check_plans = checker_of_plans(monkeypatch)
+    monkeypatch.setattr(lightning_triton, "KEPT_DESCRIPTORS", 16)
+    case = Case(T=100, D=64, E=64)
+    check_plans(2, case.inputs(torch.bfloat16, "cuda"))
+    before = torch.cuda.memory_allocated()
+    held = []
+    for seed in range(1, 8):
+        held.append(torch.empty(seed * 1024, device="cuda"))
+        check_plans(0, case.inputs(torch.bfloat16, "cuda", seed))
+    held.clear()
+    assert torch.cuda.memory_allocated() == before
 
 
 @pytest.mark.gpu
