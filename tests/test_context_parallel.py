@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.marks import interpreted
+from tests.marks import interpreted, needs_gpu
 from tests.numerics import Case, relative_error
 from tests.ranks import run_ranks, run_torchrun
 from tnl.ops import context_parallel, lightning_attention
@@ -135,6 +135,7 @@ def test_ranks_equal_one_process(ranks: int, with_states: bool) -> None:
 
 
 def compare_kernels() -> None:
+    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
     for decay in DECAYS:
         case = Case(B=1, T=40, Hq=2, H=1, D=20, E=12, decay=decay, bounds=(0, 10, 30, 40))
         for fixed in (False, True):  # with a gradient of the decay one launch computes all gradients
@@ -146,6 +147,42 @@ def compare_kernels() -> None:
 @interpreted
 def test_kernels_between_ranks() -> None:
     run_ranks(2, compare_kernels)
+
+
+def order_of_launches() -> None:
+    """Backwards the second stream is forked before the exchange is launched, and dq on it behind the exchange."""
+    from tnl.ops import lightning_triton
+
+    seen: list[str] = []
+
+    @contextlib.contextmanager
+    def step(name: str) -> Iterator[Any]:
+        seen.append(name)
+        yield step("second stream")
+        seen.append(f"end of {name}")
+
+    def spy(name: str, function: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            seen.append(name)
+            return function(*arguments, **options)
+
+        return call
+
+    inputs = Case(B=1, T=20, Hq=2, H=2, D=16, E=16).inputs(torch.float32)
+    leaves = [inputs[n].requires_grad_() for n in ("q", "k", "v")]
+    o, _ = lightning_attention_context_parallel(*leaves, inputs["log_decay"], backend="triton")
+    context_parallel._beside = lambda _: step("block")  # type: ignore[assignment]
+    context_parallel._all_gather = spy("exchange", context_parallel._all_gather)
+    lightning_triton.forward = spy("dq", lightning_triton.forward)
+    lightning_triton.backward = spy("dk and dv", lightning_triton.backward)
+    o.sum().backward()
+    inside = ["exchange", "second stream", "dq", "end of second stream", "dk and dv"]
+    assert seen == ["block", *inside, "end of block"]
+
+
+@interpreted
+def test_order_of_launches() -> None:
+    run_ranks(2, order_of_launches)
 
 
 @interpreted
@@ -264,6 +301,46 @@ def test_without_a_process_group() -> None:
         lightning_attention_context_parallel(x["q"], x["k"], x["v"])
 
 
+@needs_gpu
+@pytest.mark.gpu
+def test_second_stream_is_joined_after_an_error() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    x = torch.zeros(1 << 20, device=device)
+
+    def step() -> None:
+        with context_parallel._beside(device) as second:
+            with second:
+                torch.cuda._sleep(100_000_000)  # 50 ms
+                x.fill_(1.0)
+            raise RuntimeError("in between")
+
+    with pytest.raises(RuntimeError, match="in between"):
+        step()
+    assert bool((x == 1.0).all())
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_second_stream_in_a_graph() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    x, y = torch.zeros(2, 1 << 20, device=device)
+
+    def step() -> None:
+        x.add_(1.0)
+        with context_parallel._beside(device) as second, second:
+            torch.add(x, 1.0, out=y)
+        x.add_(y)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for expected in (3.0, 9.0, 21.0):  # x -> (x + 1) + (x + 2)
+        assert bool((x == expected).all())
+        graph.replay()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("decay", DECAYS)
@@ -302,17 +379,45 @@ def compare_on_gpus() -> None:
                     assert error <= (3 if name.startswith("d") else 2) * allowed, f"{name}: {error:.2e}, {allowed:.2e}"
 
 
-def on_gpus() -> None:
+@contextlib.contextmanager
+def one_stream(device: torch.device) -> Iterator[Any]:
+    """In place of ``_beside``."""
+    yield contextlib.nullcontext()
+
+
+def compare_streams() -> None:
+    """Gradients have the same bits whether dq is computed on a second stream or not, several calls in a row."""
+    beside, pieces = context_parallel._beside, 8192 * dist.get_world_size()
+    for decay, bounds, count in (("head", None, 4), ("none", None, 1), ("token", (0, 700, 9000, pieces), 1)):
+        case = Case(B=1, T=pieces, Hq=16, H=16, D=128, E=128, decay=decay, bounds=bounds, scale=1.0)
+        inputs = case.inputs(torch.bfloat16, "cuda")
+        some = slice(dist.get_rank() * 8192, (dist.get_rank() + 1) * 8192)
+        sliced = {"q", "k", "v", "do"} | ({"log_decay"} if decay == "token" else set())
+        part = {n: x[:, some] if n in sliced else x for n, x in inputs.items()}
+        with segments(count):
+            context_parallel._beside = one_stream
+            expected = _call(case, part, True, lightning_attention_context_parallel, "triton", fixed=True)
+            context_parallel._beside = beside
+            calls = [
+                _call(case, part, True, lightning_attention_context_parallel, "triton", fixed=True) for _ in range(8)
+            ]
+        for actual in calls:
+            for name, value in expected.items():
+                assert torch.equal(actual[name], value), name
+
+
+def on_gpus(check: Any) -> None:
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.cuda.set_device(rank)
     dist.init_process_group("cpu:gloo,cuda:nccl", rank=rank, world_size=ranks)
     try:
-        compare_on_gpus()
+        check()
     finally:
         dist.destroy_process_group()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_two_gpus_equal_one() -> None:
-    run_torchrun(2, on_gpus)
+@pytest.mark.parametrize("check", [compare_on_gpus, compare_streams], ids=["equal one", "second stream"])
+def test_two_gpus(check: Any) -> None:
+    run_torchrun(2, on_gpus, check)

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from benchmarks.scale.group import Machine, communication_shares, kernels, quantiles, time_together
+from benchmarks.scale.group import Machine, communication_shares, exchanges, kernels, quantiles, time_together
 from tnl.models import TnlConfig
 from tnl.ops import lightning_attention
 from tnl.ops.context_parallel import lightning_attention_context_parallel
@@ -162,9 +163,40 @@ def _time_operator(
     return rows
 
 
+def exchange(machine: Machine, sizes: Sizes) -> Iterator[Row]:
+    """How long the exchanges of the operator over all GPUs take, and in which share of that something else runs.
+
+    Medians over calls in a row, on each GPU. One that waits for a slower GPU takes longer.
+    """
+    for tokens in sizes.lengths[:2]:
+        for kind, ranks, seen in _profile_operator(machine, sizes, tokens):
+            found = exchanges(seen)
+            assert len(found) == 2 * PROFILED, f"{len(found)} exchanges in {PROFILED} calls"
+            for i, name in enumerate(("forward", "backward")):
+                durations, shares = zip(*found[i + 2 :: 2], strict=True)  # but for those of the first call
+                row = {"us": statistics.median(durations), "hidden_share": statistics.median(shares)}
+                for gpu, values in enumerate(machine.gather(row)):
+                    if machine.rank == 0:
+                        about = {"case": "exchange", "gpus": ranks.size, "T": tokens, "decay": kind, "pass": name}
+                        yield about | {"gpu": gpu} | values
+
+
 def timeline(machine: Machine, sizes: Sizes) -> Iterator[Row]:
     """What the first GPU does from one backward pass of the operator over all GPUs to the next, kernel by kernel."""
-    ranks, tokens = machine.first(machine.size), sizes.lengths[min(1, len(sizes.lengths) - 1)]
+    tokens = sizes.lengths[min(1, len(sizes.lengths) - 1)]
+    for kind, ranks, seen in _profile_operator(machine, sizes, tokens):
+        ends = [i for i, event in enumerate(seen) if "_backward_kernel" in event[0]][2:4]
+        for name, stream, begin, duration in seen[ends[0] + 1 : ends[1] + 1] if machine.rank == 0 else []:
+            about = {"case": "timeline", "gpus": ranks.size, "T": tokens, "decay": kind}
+            yield about | {"begin_us": begin - seen[ends[0]][2], "us": duration, "stream": stream, "kernel": name[:60]}
+
+
+PROFILED = 6  # calls
+
+
+def _profile_operator(machine: Machine, sizes: Sizes, tokens: int) -> Iterator[tuple[str, Ranks, list[Any]]]:
+    """Decay, processes and kernels of calls of the operator in a row, both passes, over all GPUs."""
+    ranks = machine.first(machine.size)
     if machine.device.type != "cuda" or ranks is None or ranks.mesh is None:
         return
     shape = (1, tokens // ranks.size, sizes.heads, sizes.width)
@@ -174,17 +206,14 @@ def timeline(machine: Machine, sizes: Sizes) -> Iterator[Row]:
         rate = log_decay("released", 16, sizes.heads, machine.device)[layer]
 
         def calls(rate: Tensor = rate) -> None:
-            for _ in range(6):
+            for _ in range(PROFILED):
                 o, _ = lightning_attention_context_parallel(q, k, v, rate, group=group)
                 torch.autograd.grad(o, leaves, do)
 
         calls()
         ranks.wait()
-        seen = kernels(calls)
-        ends = [i for i, event in enumerate(seen) if "_backward_kernel" in event[0]][2:4]
-        for name, stream, begin, duration in seen[ends[0] + 1 : ends[1] + 1] if machine.rank == 0 else []:
-            about = {"case": "timeline", "gpus": ranks.size, "T": tokens, "decay": kind}
-            yield about | {"begin_us": begin - seen[ends[0]][2], "us": duration, "stream": stream, "kernel": name[:60]}
+        yield kind, ranks, kernels(calls)
+    _free(machine)
 
 
 def _free(machine: Machine) -> None:
@@ -343,6 +372,7 @@ def feeding(machine: Machine, sizes: Sizes) -> Iterator[Row]:
 
 CASES: dict[str, Callable[[Machine, Sizes], Iterator[Row]]] = {
     "operator": operator,
+    "exchange": exchange,
     "timeline": timeline,
     "training": partial(_train_all, "training"),  # FSDP2, each GPU has rows of its own
     "models": models,

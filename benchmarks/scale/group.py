@@ -126,6 +126,20 @@ def kernels(call: Callable[[], Any]) -> list[tuple[str, int, float, float]]:
     return sorted((e for e in found if not e[0].startswith(("nccl:", "Event", "Stream"))), key=lambda e: e[2])
 
 
+def exchanges(seen: list[tuple[str, int, float, float]]) -> list[tuple[float, float]]:
+    """Of what :func:`kernels` gave: how long each of NCCL's kernels takes in us, and in which share of that others run.
+
+    One that only lets time pass (``torch.cuda._sleep``) hides nothing.
+    """
+    others = [(e[2], e[2] + e[3]) for e in seen if not e[0].startswith("nccl") and "spin_kernel" not in e[0]]
+    found = []
+    for begin, duration in ((e[2], e[3]) for e in seen if e[0].startswith("nccl")):
+        end = begin + duration
+        beside = [(max(b, begin), min(e, end)) for b, e in others if b < end and e > begin]
+        found.append((duration, _covered(beside) / duration))
+    return found
+
+
 def _covered(spans: list[tuple[float, float]]) -> float:
     """Length of the union of intervals."""
     covered, reached = 0.0, float("-inf")
