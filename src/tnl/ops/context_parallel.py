@@ -441,9 +441,9 @@ def _second_stream(device: torch.device) -> torch.cuda.Stream:
 def _beside(device: torch.device) -> Iterator[contextlib.AbstractContextManager[Any]]:
     """Enter what it gives to launch on a second stream, behind all that is on the current one as the block begins.
 
-    At the end of the block, after an error too, the current stream waits for the second. So memory of the current
-    stream may be used on the second if it is held until then. What the second one allocates must not be used
-    elsewhere: it would be given to the next block while the current stream of this one may still read it.
+    At the end of the block, after an error too, the current stream waits for the second. So memory that the current
+    stream allocated before the block may be used on the second, if it is held until the end. What is allocated on the
+    second must not be used elsewhere: the next block would be given it while a stream that it is not behind reads it.
 
     An exchange that is launched first in the block also gets its multiprocessors first. A walk often has one program
     for each of them, all of which start at once and end together, and NCCL's kernel would wait for that; behind an
