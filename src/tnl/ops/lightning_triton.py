@@ -556,6 +556,7 @@ class _ForwardPlan(_Plan):
         self, tokens: tuple[Tensor, ...], pointers: tuple[Tensor | None, ...],
         decay: int, scale: float, precision: str, transposed: bool, return_final_state: bool,
     ) -> None:  # fmt: skip
+        """``pointers``: log decay, initial state, cu_seqlens, and memory for the output if it is given."""
         _, initial_state, cu_seqlens, _ = pointers
         super().__init__(tokens, cu_seqlens, None, decay, scale, precision, transposed)
         D, E = self.sizes
@@ -576,6 +577,7 @@ class _BackwardPlan(_Plan):
         self, tokens: tuple[Tensor, ...], pointers: tuple[Tensor | None, ...],
         decay: int, scale: float, precision: str, transposed: bool, need_decay: bool, need_dq: bool,
     ) -> None:  # fmt: skip
+        """``pointers``: log decay, initial state, gradient of the final state, cu_seqlens."""
         _, initial_state, dfinal_state, cu_seqlens = pointers
         super().__init__(tokens, cu_seqlens, (2 if need_dq else 1, 1), decay, scale, precision, transposed)
         D, E = self.sizes
@@ -668,7 +670,7 @@ def backward(
 
     Without ``need_dq``, which ``need_decay`` needs, dq is empty memory of no size.
     """
-    heads, kv_heads, device = q.shape[2], k.shape[2], q.device
+    device = q.device
     log_decay, decay = _decay_form(log_decay)
     initial_state, dfinal_state = _contiguous(initial_state), _contiguous(dfinal_state)
     tokens = (q, k, v, do)
@@ -688,7 +690,7 @@ def backward(
             dq if need_dq else dk, dk, dv, difference, log_decay, initial_state, dfinal_state, *states, cu_seqlens,
         ),
     )  # fmt: skip
-    if kv_heads != heads:
+    if (kv_heads := k.shape[2]) != q.shape[2]:
         dk, dv = (x.unflatten(2, (kv_heads, -1)).sum(3) for x in (dk, dv))
     if difference is not None:
         difference = (difference[0].sum(0) - difference[1].sum(0)).mT
