@@ -60,6 +60,8 @@ def main() -> None:
                 rows.append(row | about)
                 print(show(row), flush=True)
                 write(options.output / f"{name}.csv", rows)
+            if not rows and machine.rank == 0:
+                print(f"{name}: nothing to measure, it needs several GPUs", file=sys.stderr)
             machine.wait()
         if machine.rank == 0:
             print(f"wrote {options.output}", file=sys.stderr)
