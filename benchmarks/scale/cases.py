@@ -212,6 +212,7 @@ def _profile_operator(machine: Machine, sizes: Sizes, tokens: int) -> Iterator[t
 
         calls()
         ranks.wait()
+        machine.synchronize()
         yield kind, ranks, kernels(calls)
     _free(machine)
 
