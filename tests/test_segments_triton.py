@@ -7,12 +7,12 @@ import torch
 
 from tests.marks import interpreted, needs_gpu
 from tests.numerics import Case, assert_as_good_as_eager, check, relative_error
-from tnl.ops import lightning_attention, lightning_torch, segments_triton, tiling_triton
+from tnl.ops import lightning_attention, lightning_torch, lightning_triton, segments_triton, tiling_triton
 
 
 @pytest.fixture
 def cut_in_three(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Cuts rows of 96 tokens; the list counts how often."""
+    """Cuts rows of 96 tokens; the list counts how often, backward passes too."""
     cuts: list[int] = []
 
     def choose(tokens: int, *_: object) -> int:
@@ -20,6 +20,7 @@ def cut_in_three(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return 3
 
     monkeypatch.setattr(segments_triton, "LONG_ROW", 96)
+    monkeypatch.setattr(segments_triton, "LONG_ROW_BACKWARD", 96)
     monkeypatch.setattr(segments_triton, "choose_segments", choose)
     return cuts
 
@@ -43,16 +44,14 @@ def test_segments_fill_the_chip(tokens: int, walks: int, segments: int) -> None:
 
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    "case", [Case(T=96), Case(B=1, T=96, Hq=4, H=2, D=20, E=36), Case(B=1, T=99, D=16, E=48)], ids=str
-)
+@pytest.mark.parametrize("case", [Case(T=96), Case(T=96, Hq=2, H=1, D=20, E=36), Case(B=1, T=99, D=16, E=48)], ids=str)
 def test_against_the_definition(
     case: Case, dtype: torch.dtype, cut_in_three: list[int], nan_filled_memory: None
 ) -> None:
     inputs, wide = case.inputs(dtype), case.inputs(dtype)
     wide = {name: x if x is None or not x.is_floating_point() else x.double() for name, x in wide.items()}
     reference, actual = without_decay(wide, "torch"), without_decay(inputs, "triton")
-    assert cut_in_three, "no row was cut"
+    assert len(cut_in_three) == 2, "a pass was not cut"
     assert_as_good_as_eager(actual, without_decay(inputs, "torch"), reference, dtype)
 
 
@@ -85,13 +84,31 @@ def test_state_layout(cut_in_three: list[int]) -> None:
         results.append((o, final if layout == "DE" else final.mT, gradient))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
+    assert len(cut_in_three) == 4
+
+
+@interpreted
+@pytest.mark.parametrize("rates", [(8.0, 1e-6), (0.05, 40.0)])
+def test_some_heads_forget(rates: tuple[float, float], cut_in_three: list[int], nan_filled_memory: None) -> None:
+    """Of a segment's 32 tokens a decay of 8 leaves 13 to be summed up, one of 40 leaves 3. No states are given."""
+    inputs = Case(B=1, T=96, E=32).inputs(torch.float32)
+    log_decay, gradients = -torch.tensor(rates), []
+    for backend in ("triton", "torch"):
+        wide = backend == "torch"
+        leaves = [(x.double() if wide else x.clone()).requires_grad_() for x in (inputs[n] for n in ("q", "k", "v"))]
+        decay = log_decay.double() if wide else log_decay
+        o, _ = lightning_attention(leaves[0], leaves[1], leaves[2], decay, scale=0.7, backend=backend)
+        gradients.append(torch.autograd.grad(o, leaves, inputs["do"].to(o.dtype)))
+    for one, true in zip(*gradients, strict=True):
+        assert relative_error(one, true) < 1e-6
     assert len(cut_in_three) == 2
 
 
 @interpreted
 def test_what_is_left_as_it_is(cut_in_three: list[int]) -> None:
     """A decay a token, none, packed rows and the gradient of the decay take the other way, with the same results."""
-    for case in (Case(T=96, decay="token"), Case(T=96, decay="none"), Case(B=1, T=96, bounds=(0, 40, 96))):
+    others = (Case(T=96), Case(T=96, decay="token"), Case(T=96, decay="none"), Case(B=1, T=96, bounds=(0, 40, 96)))
+    for case in others:  # all of them with the gradient of what decay they have
         check(case, "triton", torch.float32)
     inputs = Case(T=96).inputs(torch.float32)
     # rows that do not follow each other, which could not be cut without a copy
@@ -100,23 +117,78 @@ def test_what_is_left_as_it_is(cut_in_three: list[int]) -> None:
     expected, _ = lightning_torch.recurrence(q.double(), k.double(), v.double(), inputs["log_decay"].double())
     assert relative_error(o, expected) < 1e-6
     assert not cut_in_three
+    do = torch.nn.functional.pad(inputs["do"], (0, 0, 0, 0, 0, 4))[:, :96]
+    found = segments_triton.backward(
+        do, None, inputs["q"], inputs["k"], inputs["v"], inputs["log_decay"], None, None, 1.0, False
+    )
+    assert not cut_in_three
+    wide = [x.double() for x in (inputs["q"], inputs["k"], inputs["v"], inputs["log_decay"])]
+    expected_gradients = lightning_torch.backward(
+        do.double(), None, wide[0], wide[1], wide[2], wide[3], None, None, 1.0, False
+    )
+    for one, true in zip(found[:3], expected_gradients[:3], strict=True):
+        assert one is not None
+        assert true is not None
+        assert relative_error(one, true) < 1e-6
+
+
+@interpreted
+def test_neither_given_nor_asked(cut_in_three: list[int]) -> None:
+    """Without an initial state there is no gradient of one; two runs agree to the last bit."""
+    inputs = Case(T=96).inputs(torch.float32)
+    arguments = (*(inputs[name] for name in ("do", "dfinal_state", "q", "k", "v", "log_decay")), None, None, 0.7, False)
+    one, other = (segments_triton.backward(*arguments) for _ in range(2))
+    assert one[3] is None
+    assert one[4] is None
+    assert all(torch.equal(a, b) for a, b in zip(one[:3], other[:3], strict=True))
+    assert len(cut_in_three) == 2
 
 
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_gpu_few_heads(dtype: torch.dtype) -> None:
-    """Long enough to be cut on any GPU; the float64 form in chunks is the reference."""
-    B, T, H, D = 1, 65536, 4, 64
-    q, k, v, do = (torch.randn(B, T, H, D, device="cuda", dtype=dtype) for _ in range(4))
-    log_decay = -torch.tensor([1.0, 1e-2, 1e-4, 1e-7], device="cuda")
-    assert segments_triton._segments(q, k, v, log_decay, None) > 1
-    q, k, v = (x.requires_grad_() for x in (q, k, v))
-    o, _ = lightning_attention(q, k, v, log_decay)
-    gradients = torch.autograd.grad(o, (q, k, v), do)
-    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    expected, _ = lightning_attention(wide[0], wide[1], wide[2], log_decay.double(), backend="torch")
+    """Long enough to be cut on any GPU, with states both ways; the float64 form in chunks is the reference."""
+    case = Case(B=1, T=65536, Hq=4, H=4, D=64, E=64)
+    inputs = case.inputs(dtype, "cuda")
+    inputs["log_decay"] = -torch.tensor([1.0, 1e-2, 1e-4, 1e-7], device="cuda")
+    tokens = tuple(inputs[name] for name in ("q", "k", "v", "do"))
+    for backward in (False, True):
+        assert segments_triton._segments(tokens, inputs["log_decay"], None, backward) > 1
+    wide = {name: x if x is None else x.double() for name, x in inputs.items()}
+    expected, found, again = (without_decay(*x) for x in ((wide, "torch"), (inputs, "triton"), (inputs, "triton")))
     bound = 5e-3 if dtype == torch.bfloat16 else 1e-5
-    assert relative_error(o, expected) < bound
-    for one, true in zip(gradients, torch.autograd.grad(expected, wide, do.double()), strict=True):
-        assert relative_error(one, true) < bound
+    for name, x in found.items():
+        assert relative_error(x, expected[name]) < bound, name
+        assert torch.equal(x, again[name]), f"{name}: two runs differ"
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(("tokens", "heads", "kv_heads"), [(131072, 16, 16), (131072, 8, 2), (262144, 4, 4)])
+def test_gpu_backward_is_as_good_as_the_walk_that_hands_over(tokens: int, heads: int, kv_heads: int) -> None:
+    """At the sizes that it is for; the gradients of two runs are equal, and little memory is taken beside them."""
+    D = 128
+    q, do = (torch.randn(1, tokens, heads, D, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    k, v = (torch.randn(1, tokens, kv_heads, D, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    log_decay = -torch.exp2(-8 * torch.arange(1, heads + 1, device="cuda") / heads)
+    arguments = (do, None, q, k, v, log_decay, None, None, 1.0, False)
+    assert segments_triton._segments((q, k, v, do), log_decay, None, True) > 1
+    walked = lightning_triton.backward(*arguments)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    found = segments_triton.backward(*arguments)
+    taken = torch.cuda.max_memory_allocated() - before
+    again = segments_triton.backward(*arguments)
+    wide = [x.double() for x in (q, k, v, log_decay)]
+    expected = lightning_torch.backward(do.double(), None, wide[0], wide[1], wide[2], wide[3], None, None, 1.0, False)
+    for one, other, cut, true in zip(found[:3], again[:3], walked[:3], expected[:3], strict=True):
+        assert one is not None
+        assert cut is not None
+        assert true is not None
+        assert torch.equal(one, other)
+        assert relative_error(one, true) < 1.1 * relative_error(cut, true)
+    if kv_heads == heads:  # else gradients of every query head are there meanwhile
+        gradients = sum(x.nbytes for x in found[:3] if x is not None)
+        assert taken - gradients < 0.025 * (gradients + do.nbytes)
