@@ -12,7 +12,7 @@ from tnl.ops import lightning_triton, tiling_triton
 
 CONSTANTS = {
     "TRANSPOSED": False, "HAS_INITIAL": False, "STORE_FINAL": False, "HAS_DFINAL": False, "PACKED": False,
-    "SPLIT": False, "NEED_DQ": True, "PRECISION": "tf32", "BLOCK_T": 64,
+    "SPLIT": False, "NEED_DQ": True, "NEED_DINITIAL": False, "PRECISION": "tf32", "BLOCK_T": 64,
 }  # fmt: skip
 
 

@@ -337,7 +337,7 @@ def _backward_kernel(
     D: tl.constexpr, E: tl.constexpr,
     TRANSPOSED: tl.constexpr, DECAY: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_DFINAL: tl.constexpr,
     NEED_DIFFERENCE: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, NEED_DQ: tl.constexpr,
-    PRECISION: tl.constexpr,
+    NEED_DINITIAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """``dk``, ``dv`` and ``dq`` of one head side by side: the first two read the same tokens at the same time.
@@ -389,7 +389,7 @@ def _backward_kernel(
             LOG_DECAY, DFINAL + chain * D * E, DINITIAL + chain * D * E, FLAGS,
             sequence, key_head, head, Hq * E, Hq,
             row, column, rate, scale, begin, end, index, is_last, segment, lead, D, E, column_block - d_blocks,
-            True, DECAY, HAS_DFINAL, HAS_INITIAL, PACKED, SPLIT, False, BLOCK_T, BLOCK_D, BLOCK_C, PRECISION,
+            True, DECAY, HAS_DFINAL, NEED_DINITIAL, PACKED, SPLIT, False, BLOCK_T, BLOCK_D, BLOCK_C, PRECISION,
         )  # fmt: skip
     if NEED_DQ and column_block >= d_blocks + e_blocks:
         column_block -= d_blocks + e_blocks
@@ -576,6 +576,7 @@ class _BackwardPlan(_Plan):
     def __init__(
         self, tokens: tuple[Tensor, ...], pointers: tuple[Tensor | None, ...],
         decay: int, scale: float, precision: str, transposed: bool, need_decay: bool, need_dq: bool,
+        need_dinitial: bool,
     ) -> None:  # fmt: skip
         """``pointers``: log decay, initial state, gradient of the final state, cu_seqlens."""
         _, initial_state, dfinal_state, cu_seqlens = pointers
@@ -586,7 +587,7 @@ class _BackwardPlan(_Plan):
         block_d, block_e, block_c = padded_width(D), padded_width(E), tiles.columns
         self.gradients = [(batch, length, heads, width) for width in (D * need_dq, D, E)]
         self.difference = (2, ceil_div(D, tiles.columns), batch, heads, length)
-        self.stores_states = (cut.split, cut.split, cut.split or initial_state is not None)
+        self.stores_states = (cut.split, cut.split, cut.split or need_dinitial)
         self.numbers += (batch * length * heads,)
         self.kernel = self.kernels.backward
         self.tiled = (
@@ -594,7 +595,7 @@ class _BackwardPlan(_Plan):
         )  # fmt: skip
         self.constants = (
             transposed, decay, initial_state is not None, dfinal_state is not None, need_decay,
-            cut.packed, cut.split, need_dq, precision, tiles.tokens, block_d, block_e, block_c,
+            cut.packed, cut.split, need_dq, need_dinitial, precision, tiles.tokens, block_d, block_e, block_c,
         )  # fmt: skip
 
 
@@ -665,18 +666,21 @@ def backward(
     need_decay: bool,
     transposed: bool = False,
     need_dq: bool = True,
+    need_dinitial: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """``(dq, dk, dv, dinitial_state, difference)``, as :func:`tnl.ops.lightning_torch.backward`.
 
-    Without ``need_dq``, which ``need_decay`` needs, dq is empty memory of no size.
+    Without ``need_dq``, which ``need_decay`` needs, dq is empty memory of no size; without ``need_dinitial``, or where
+    there is no initial state, dinitial_state is None.
     """
     device = q.device
     log_decay, decay = _decay_form(log_decay)
     initial_state, dfinal_state = _contiguous(initial_state), _contiguous(dfinal_state)
+    need_dinitial = need_dinitial and initial_state is not None
     tokens = (q, k, v, do)
     plan = _find_plan(
         _BackwardPlan, tokens, (log_decay, initial_state, dfinal_state, cu_seqlens),
-        decay, scale, product_precision(q.dtype), transposed, need_decay, need_dq,
+        decay, scale, product_precision(q.dtype), transposed, need_decay, need_dq, need_dinitial,
     )  # fmt: skip
     dq, dk, dv = [torch.empty(shape, dtype=q.dtype, device=device) for shape in plan.gradients]
     difference = torch.empty(plan.difference, dtype=torch.float32, device=device) if need_decay else None
@@ -694,4 +698,4 @@ def backward(
         dk, dv = (x.unflatten(2, (kv_heads, -1)).sum(3) for x in (dk, dv))
     if difference is not None:
         difference = (difference[0].sum(0) - difference[1].sum(0)).mT
-    return dq, dk, dv, states[2] if initial_state is not None else None, difference
+    return dq, dk, dv, states[2] if need_dinitial else None, difference

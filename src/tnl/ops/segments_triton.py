@@ -3,8 +3,8 @@
 The walk of :mod:`tnl.ops.lightning_triton` can hand a state from segment to segment as it goes. Where a head's decay is
 constant it is quicker to know all states before: most heads forget within a segment, so there is little to sum up.
 
-Backwards the same holds for the gradients of the states, which come from behind. The states that the forward pass had
-are summed up once more: to keep them would take memory from one pass to the other, in every layer of a model.
+Backwards the same holds for the gradients of the states, which come from behind. The states are summed up once more:
+to keep those of the forward pass would take memory from one pass to the other, in every layer of a model.
 
 Dimensions as in :mod:`tnl.ops.lightning`; S segments of a row.
 """
@@ -38,8 +38,8 @@ def segments_of(q: Tensor, E: int, backward: bool = False) -> int:
     """S for rows ``[B, T, Hq, D]`` with a decay a head and values of width ``E``, for the kernels chosen first."""
     batch, tokens, heads, D = q.shape
     kernels = lightning_triton.choose_kernels(D, E, q.dtype, q.device, backward, False, False)[0]
-    exact = product_precision(q.dtype) == "ieee"
     if backward:
+        exact = product_precision(q.dtype) == "ieee"
         columns = (kernels.tiles or choose_tiles(max(D, E), max(D, E), q.dtype, True, False, exact)).columns
         blocks = 2 * ceil_div(D, columns) + ceil_div(E, columns)  # for dq, dk and dv
     else:
@@ -127,13 +127,11 @@ def backward(
     rate = log_decay.float().contiguous()
     queries, keys, values, gradients = (_rows(x, segments) for x in (q, k, v, do))
     entering = states_between(keys, values, rate, _swap(initial_state, transposed), segments)
-    dleaving = states_between(
-        queries, gradients, rate, _swap(dfinal_state, transposed), segments, scale, before=True
+    dleaving = states_between(queries, gradients, rate, _swap(dfinal_state, transposed), segments, scale, before=True)
+    *rows, dentering, _ = lightning_triton.backward(
+        gradients, dleaving, queries, keys, values, rate, entering, None, scale, False,
+        need_dinitial=initial_state is not None,
     )  # fmt: skip
-    *rows, begun, _ = lightning_triton.backward(
-        gradients, dleaving, queries, keys, values, rate, entering, None, scale, False
-    )
     dq, dk, dv = (x.view(*q.shape[:2], *x.shape[2:]) for x in rows)
-    if initial_state is None or begun is None:
-        return dq, dk, dv, None, None
-    return dq, dk, dv, _swap(begun[::segments].contiguous(), transposed), None
+    dinitial_state = None if dentering is None else dentering[::segments].contiguous()
+    return dq, dk, dv, _swap(dinitial_state, transposed), None
