@@ -35,11 +35,35 @@ def cut_in_three(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         (16384, 16, 2),
         (131072, 128, 1),
         (16384, 4, 2),
+        (131072, 48, 8),
+        (131072, 24, 16),
+        (262144, 12, 32),
+        (1048576, 24, 16),
+        (131072, 96, 4),
+        (131072, 384, 1),
     ],
 )
 def test_segments_fill_the_chip(tokens: int, walks: int, segments: int) -> None:
-    """132 multiprocessors: 128 programs, or as many as segments of 8192 tokens make."""
+    """132 multiprocessors: 128 programs, or as many as segments of 8192 tokens make; 384 of the backward pass."""
     assert tiling_triton.choose_segments(tokens, walks, 132) == segments
+
+
+@pytest.mark.parametrize(
+    ("heads", "dtype", "columns", "walks"),
+    [(16, torch.bfloat16, 128, 48), (16, torch.bfloat16, None, 96), (4, torch.float32, None, 48)],
+    ids=str,
+)
+def test_walks_of_the_backward_pass(
+    heads: int, dtype: torch.dtype, columns: int | None, walks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three for each 128 columns of a head, six of the 64 and twelve of the 32 that Triton's tiles have."""
+    kernels = lightning_triton.IN_TRITON._replace(tiles=tiling_triton.Tiles(64, columns, 8, 2) if columns else None)
+    monkeypatch.setattr(lightning_triton, "choose_kernels", lambda *_: (kernels,))
+    monkeypatch.setattr(segments_triton, "choose_segments", lambda tokens, walks, processors: walks)
+    monkeypatch.setattr(segments_triton, "product_precision", lambda dtype: "tf32")
+    assert (
+        segments_triton.segments_of(torch.empty(1, 65536, heads, 128, dtype=dtype, device="meta"), 128, True) == walks
+    )
 
 
 @interpreted
@@ -188,7 +212,8 @@ def test_gpu_backward_is_as_good_as_the_walk_that_hands_over(tokens: int, heads:
         assert cut is not None
         assert true is not None
         assert torch.equal(one, other)
-        assert relative_error(one, true) < 1.1 * relative_error(cut, true)
+        error, error_cut = ((x.double() - true).norm() for x in (one, cut))  # on the GPU: these are large
+        assert error < 1.1 * error_cut
     if kv_heads == heads:  # else gradients of every query head are there meanwhile
         gradients = sum(x.nbytes for x in found[:3] if x is not None)
         assert taken - gradients < 0.02 * (gradients + do.nbytes)
