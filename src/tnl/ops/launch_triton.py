@@ -5,6 +5,7 @@ all else that the host does for a small call. What it finds is the same for all 
 kept here, and a launch goes straight to the kernel's launcher in C.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ class Launcher:
         self, programs: int, tokens: Sequence[TensorDescriptor], pointers: Sequence[Tensor], numbers: tuple[Any, ...]
     ) -> None:
         """Launch as many programs on the current stream."""
+        _bind_context(self.device)
         if self.ready():
             self.launch(programs, [y for i, x in enumerate(tokens) for y in self.expand(i, x)], pointers, numbers)
         elif self.compiled is None:
@@ -72,6 +74,7 @@ class Launcher:
 
     def expand(self, index: int, descriptor: TensorDescriptor) -> list[Any]:
         """What the launcher in C takes for the descriptor: good for as long as its tensor has the same address."""
+        _bind_context(self.device)
         return self.describe(descriptor, self.forms[index])
 
     def launch(self, programs: int, tokens: list[Any], pointers: Sequence[Tensor], numbers: tuple[Any, ...]) -> None:
@@ -81,6 +84,20 @@ class Launcher:
             programs, 1, 1, torch._C._cuda_getCurrentRawStream(self.device), *self.head,
             *tokens, *[x.data_ptr() for x in pointers], *numbers, *self.fixed,
         )  # fmt: skip
+
+
+_contexts = threading.local()
+
+
+def _bind_context(device: int | None) -> None:
+    """Give the calling thread the device's context, without which the driver describes no tensor.
+
+    CUDA's runtime does so at a thread's first call. The thread of a backward pass whose memory comes from PyTorch's
+    cache may not have made one.
+    """
+    if device is not None and device not in _contexts.__dict__:
+        torch.cuda.mem_get_info(device)
+        _contexts.__dict__[device] = True
 
 
 _launchers: dict[Any, Launcher] = {}

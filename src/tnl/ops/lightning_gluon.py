@@ -265,7 +265,7 @@ def _walk(
     zero = gl.zeros([BLOCK_C, BLOCK_T], gl.float32, acc_out)
     no_scores = gl.zeros([BLOCK_T, BLOCK_T], gl.float32, acc_scores)
     seen = key[:, None] >= query[None, :] if REVERSE else key[:, None] <= query[None, :]
-    if DECAY == 2:  # a block's decays are asked for two blocks before, and weighed one block before
+    if DECAY == 2:  # a block's decays are asked for a block before they are weighed, so that nothing waits for them
         decays = _decays(LOG_DECAY, first, length - first, decay_stride, BLOCK_T, whole)
         last = _weigh(decays, weights, scale, REVERSE)
         decays = _decays(LOG_DECAY, first + step, length - first - step, decay_stride, BLOCK_T, whole)
@@ -280,21 +280,8 @@ def _walk(
         x = x_smem.index(slot).reshape([BLOCK_T, BLOCK_K]).permute((1, 0))
         y = y_smem.index(slot).reshape([BLOCK_T, BLOCK_K])
         z = z_smem.index(slot).reshape([BLOCK_T, BLOCK_C])
-        if DECAY == 2:
-            of_q = weights.index(0).load(of_query)
-            of_k = weights.index(0).load(of_key)
-            read = weights.index(1).load(of_out)
-            write = weights.index(2).load(written)
-            loss = _loss(last)
-        else:
-            count = gl.minimum(left, BLOCK_T)
-            loss = _loss(rate * count)
-            if REVERSE:
-                read = gl.exp(rate * gl.maximum(count - 1 - reader, 0))
-                write = gl.exp(rate * (token + 1)) * scale
-            else:
-                read = gl.exp(rate * (reader + 1)) * scale
-                write = gl.exp(rate * gl.maximum(count - 1 - token, 0))
+        count = gl.minimum(left, BLOCK_T)
+        loss = _loss(last if DECAY == 2 else rate * count)
         small = state
         shrink = 1.0
         if dtype == gl.float16:  # a small range
@@ -304,13 +291,24 @@ def _walk(
         mbarrier.wait(bar, (turn // BUFFERS) & 1)
         inter = warpgroup_mma(gl.convert_layout(small.to(dtype), from_state), x, zero, use_acc=False, is_async=True)
         scores = warpgroup_mma(y, x, no_scores, use_acc=False, is_async=True)
+        if DECAY == 2:
+            write = weights.index(2).load(written)
+        elif REVERSE:
+            write = gl.exp(rate * (token + 1)) * scale
+        else:
+            write = gl.exp(rate * gl.maximum(count - 1 - token, 0))
         zw = (z.permute((1, 0)).load(from_z).to(gl.float32) * write[None, :]).to(dtype)
         if DECAY == 2:
+            of_q, of_k = weights.index(0).load(of_query), weights.index(0).load(of_key)
             gap = of_k[:, None] - of_q[None, :] if REVERSE else of_q[None, :] - of_k[:, None]
             mask = scale * gl.exp(gl.where(seen, gap, float("-inf")))
-            last = _weigh(decays, weights, scale, REVERSE)
-            decays = _decays(LOG_DECAY, at + 2 * step, left - 2 * step, decay_stride, BLOCK_T, whole)
         inter = warpgroup_mma_wait(1, deps=[inter])
+        if DECAY == 2:
+            read = weights.index(1).load(of_out)
+        elif REVERSE:
+            read = gl.exp(rate * gl.maximum(count - 1 - reader, 0))
+        else:
+            read = gl.exp(rate * (reader + 1)) * scale
         out = inter * (read * (1.0 / shrink))[None, :]
         scores = warpgroup_mma_wait(0, deps=[scores])
         scores_smem.store((scores * mask).to(dtype))
@@ -319,10 +317,6 @@ def _walk(
         state = warpgroup_mma(zw, y, state + state * loss, is_async=True)
         out = warpgroup_mma_wait(1, deps=[out])
         pad.permute((1, 0)).store(out.to(dtype))
-        if NEED_DIFFERENCE:
-            against = a_smem.index(slot).reshape([BLOCK_T, BLOCK_C]).permute((1, 0)).load(acc_out)
-            difference = gl.sum(out * against.to(gl.float32), 0)
-            gl.store(DIFFERENCE + (begin + at).to(gl.int64) + reader, difference, at + reader < length)
         tile = pad.load(stored)
         rows = gl.arange(0, BLOCK_T, gl.SliceLayout(1, stored))
         across = column + gl.arange(0, BLOCK_C, gl.SliceLayout(0, stored))
@@ -331,6 +325,15 @@ def _walk(
             tile,
             (rows < left)[:, None] & (across < C)[None, :],
         )
+        if NEED_DIFFERENCE:
+            # What rounding left of the output goes the same way, so that the sum is as good as that of the output.
+            pad.permute((1, 0)).store((out - out.to(dtype).to(gl.float32)).to(dtype))
+            against = a_smem.index(slot).reshape([BLOCK_T, BLOCK_C]).load(stored).to(gl.float32)
+            difference = gl.sum((tile.to(gl.float32) + pad.load(stored).to(gl.float32)) * against, 1)
+            gl.store(DIFFERENCE + (begin + at).to(gl.int64) + rows, difference, rows < left)
+        if DECAY == 2:
+            last = _weigh(decays, weights, scale, REVERSE)
+            decays = _decays(LOG_DECAY, at + 2 * step, left - 2 * step, decay_stride, BLOCK_T, whole)
         state = warpgroup_mma_wait(0, deps=[state])
         turn += 1
         _fetch(
