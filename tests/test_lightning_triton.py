@@ -1,6 +1,7 @@
 """The Triton kernels of lightning attention: under the interpreter (tier T1) and on a GPU (tier T3, marked gpu)."""
 
 import gc
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -360,6 +361,22 @@ def check_by_chunks(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("D", "E"), [(16, 24), (128, 128)])
 def test_gpu_calls_that_look_alike(D: int, E: int, monkeypatch: pytest.MonkeyPatch) -> None:
     check_calls_that_look_alike(D, E, torch.bfloat16, "cuda", monkeypatch)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_gpu_thread_without_a_context() -> None:
+    """A thread whose memory all comes from PyTorch's cache has made no call that gives it a context."""
+    q, k, v = (torch.randn(1, 128, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    decay = -torch.rand(4, device="cuda")
+    expected = lightning_attention(q, k, v, decay)[0]
+    torch.empty_like(expected)  # is left in the cache
+    x, y, z = q.clone(), k.clone(), v.clone()  # at other addresses, which have to be described
+    found: list[torch.Tensor] = []
+    thread = threading.Thread(target=lambda: found.append(lightning_attention(x, y, z, decay)[0]))
+    thread.start()
+    thread.join()
+    assert torch.equal(found[0], expected)
 
 
 @pytest.mark.gpu

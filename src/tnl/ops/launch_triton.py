@@ -86,7 +86,14 @@ class Launcher:
         )  # fmt: skip
 
 
-_contexts = threading.local()
+class _Contexts(threading.local):
+    """Devices whose context a thread has."""
+
+    def __init__(self) -> None:
+        self.devices: set[int] = set()
+
+
+_contexts = _Contexts()
 
 
 def _bind_context(device: int | None) -> None:
@@ -95,9 +102,9 @@ def _bind_context(device: int | None) -> None:
     CUDA's runtime does so at a thread's first call. The thread of a backward pass whose memory comes from PyTorch's
     cache may not have made one.
     """
-    if device is not None and device not in _contexts.__dict__:
+    if device is not None and device not in _contexts.devices:
         torch.cuda.mem_get_info(device)
-        _contexts.__dict__[device] = True
+        _contexts.devices.add(device)
 
 
 _launchers: dict[Any, Launcher] = {}
