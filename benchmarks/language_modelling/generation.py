@@ -357,20 +357,22 @@ def plot(path: Path, output: Path) -> None:
         ("prefill", "T", "ms", "ms a prefill, batch 1", {"batch": "1"}),
         ("decode", "batch", "tokens_per_second", "tokens a second, prompt of 512", {"T": "512"}),
     )
+    styles = {("tnl", "fused"): "D:", ("tnl", "captured"): "o-", ("llama", "captured"): "s--"}
     for axis, (part, x, y, title, fixed) in zip(axes, panels, strict=True):
         chosen = [row for row in rows if row["part"] == part and fixed.items() <= row.items()]
-        chosen = [row for row in chosen if row["implementation"] != "modules" or part == "prefill"]
-        for size in dict.fromkeys(row["size"] for row in chosen):
-            for name in dict.fromkeys((row["model"], row["implementation"]) for row in chosen):
-                line = [r for r in chosen if (r["model"], r["implementation"]) == name and r["size"] == size]
-                points = sorted((int(row[x]), float(row[y])) for row in line)
-                label = f"{name[0]} {size}" + (f", {name[1]}" if part == "decode" else "")
-                axis.plot(*zip(*points, strict=True), marker="o", label=label) if points else None
+        for number, size in enumerate(dict.fromkeys(row["size"] for row in rows)):
+            for (model, decoding), style in styles.items():
+                implementation = decoding if part == "decode" else "modules"
+                keys = {"model": model, "size": size, "implementation": implementation}
+                points = sorted((int(row[x]), float(row[y])) for row in chosen if keys.items() <= row.items())
+                if points and (part == "decode" or decoding == "captured"):
+                    label = f"{model} {size}" + (f", {decoding}" if part == "decode" else "")
+                    axis.plot(*zip(*points, strict=True), style, color=f"C{number}", label=label)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.set(xlabel="tokens in the prompt" if x == "T" else "batch", title=title)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, handlelength=3.5)
     figure.suptitle(f"generation, {device}, bfloat16")
     figure.tight_layout()
     figure.savefig(output, dpi=110)

@@ -365,7 +365,7 @@ def plot(path: Path, output: Path) -> None:
         rows: list[dict[str, Any]] = [row for row in csv.DictReader(file) if row["part"] == "step"]
     rows = [row for row in rows if row["tokens_per_second"] and row["recompute"] == "least"]
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    styles = {"tnl": "-", "llama": "--"}
+    styles = {"tnl": "o-", "llama": "s--"}
     for number, size in enumerate(dict.fromkeys(row["size"] for row in rows)):
         for model, style in styles.items():
             chosen = sorted((int(row["T"]), row) for row in rows if (row["model"], row["size"]) == (model, size))
@@ -374,12 +374,12 @@ def plot(path: Path, output: Path) -> None:
             for axis, column in zip(axes, ("tokens_per_second", "memory_gib"), strict=True):
                 values = [float(row[column]) for _, row in chosen]
                 label = f"{model} {size}"
-                axis.plot([T for T, _ in chosen], values, style, marker="o", color=f"C{number}", label=label)
+                axis.plot([T for T, _ in chosen], values, style, color=f"C{number}", label=label)
     for axis, title in zip(axes, ("tokens a second", "peak memory, GiB"), strict=True):
         axis.set_xscale("log", base=2)
         axis.set(xlabel="tokens in a sequence", title=title, ylim=(0, None))
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    axes[0].legend(fontsize=8, handlelength=3.5, loc="lower left", bbox_to_anchor=(0, 0.08))
     figure.suptitle(f"training, {rows[0]['device']}, bfloat16")
     figure.tight_layout()
     figure.savefig(output, dpi=110)
