@@ -197,7 +197,7 @@ def levels(case: Case, config: PreTrainedConfig, most: int) -> Iterator[tuple[Le
     often than it takes to compute cheap things again.
     """
     layers = config.num_hidden_layers
-    nothing, cheap, operator = Level("nothing", 0, 21.0), Level("cheap", 0, 13.0), Level("operator", 0, 12.0)
+    nothing, cheap, operator = Level("nothing", 0, 18.0), Level("cheap", 0, 12.5), Level("operator", 0, 12.0)
     whole = [nothing, cheap, operator] if case.model == "tnl" else [nothing, cheap]
     tokens = max(case.tokens, most)
     for large in (tokens, tokens // 2):
