@@ -68,17 +68,18 @@ def full_cases() -> Iterator[Case]:
     for tokens in (128, 32, 1):
         yield Case("llama", "1b", tokens * K)
     for model in ("tnl", "llama"):
+        for tokens in (1, 32):
+            yield Case(model, "3b", tokens * K)
+    for model in ("tnl", "llama"):
         for tokens in (2, 4, 16, 64):
             yield Case(model, "385m", tokens * K)
     yield Case("llama", "385m", 8 * K, profile=True)
-    for tokens in (256, 512):
-        yield Case("tnl", "385m", tokens * K)
+    for size in ("385m", "1b"):
+        for tokens in (256, 512):
+            yield Case("tnl", size, tokens * K)
     for model in ("tnl", "llama"):
         for tokens in (2, 4, 8, 16, 64):
             yield Case(model, "1b", tokens * K)
-    for model in ("tnl", "llama"):
-        for tokens in (1, 32):
-            yield Case(model, "3b", tokens * K)
     yield Case("tnl", "385m", 8 * K, "nothing")
 
 

@@ -544,6 +544,7 @@ class _ContextParallel(torch.autograd.Function):
                 _, dk, dv, dinitial, _ = call_on_device(
                     lightning_triton.backward,
                     do, dlocal, q, k, v, log_decay, local, part.bounds, options.scale, False, False, False,
+                    ctx.has_initial_state,
                 )  # fmt: skip
         else:
             exchange.run()

@@ -1,6 +1,6 @@
 """Lightning attention's walk in Gluon, for 16-bit inputs on Hopper: products run while the rest is computed.
 
-It is the walk of :mod:`tnl.ops.lightning_triton`, with its arguments, its hand-over between segments and its order of
+It is the walk of :mod:`tnl.ops.walk_triton`, with its arguments, its hand-over between segments and its order of
 programs; the kernels around it are the same functions. Triton waits for each product before it goes on, so on a Hopper
 GPU a block takes twice as long as its products and tiles. Here they are in flight together:
 
@@ -27,10 +27,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from tnl.ops import lightning_triton
+from tnl.ops import walk_triton
 from tnl.ops.launch_triton import RAGGED, describe_tokens
-from tnl.ops.lightning_triton import FADED, RANKED, RUN_TIME, Kernels
+from tnl.ops.lightning_triton import Kernels
 from tnl.ops.tiling_triton import Tiles
+from tnl.ops.walk_triton import FADED, RANKED, RUN_TIME
 
 BUFFERS = gl.constexpr(2)  # tiles of a tensor in shared memory
 
@@ -44,7 +45,7 @@ def _loss(log_decay):
 
 @gluon.jit
 def _ask(tokens, batch, head, begin, end, at, column, bar, slot, go, PACKED: gl.constexpr):
-    """Have a tile brought to the slot; its place as in :func:`tnl.ops.lightning_triton._tile`."""
+    """Have a tile brought to the slot; its place as in :func:`tnl.ops.walk_triton._tile`."""
     if PACKED:
         tma.async_copy_global_to_shared(
             tokens, [RAGGED, end, head, RAGGED - (end - begin) + at, column], bar, slot, pred=go
@@ -83,7 +84,7 @@ def _decays(LOG_DECAY, at, left, stride, BLOCK_T: gl.constexpr, whole: gl.conste
 def _weigh(decays, weights, scale, REVERSE: gl.constexpr):
     """Put a block's running sums, and its weights in reading and being written, where all threads can read them.
 
-    As in :func:`tnl.ops.lightning_triton._weights`. Returns the block's log decay.
+    As in :func:`tnl.ops.walk_triton._weights`. Returns the block's log decay.
     """
     total = gl.associative_scan(decays, 0, _plus)
     last = gl.min(total, 0)
@@ -142,7 +143,7 @@ def _walk(
     BLOCK_C: gl.constexpr,
     PRECISION: gl.constexpr,
 ):
-    """As :func:`tnl.ops.lightning_triton._walk`, with the state, and the output of a block, transposed."""
+    """As :func:`tnl.ops.walk_triton._walk`, with the state, and the output of a block, transposed."""
     dtype: gl.constexpr = X.dtype
     num_warps: gl.constexpr = gl.num_warps()
     acc_state: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, BLOCK_K, 16])
@@ -373,10 +374,10 @@ def _around(function: Any, **names: Any) -> Any:
     return functools.update_wrapper(copy, function)  # with its annotations, which say what is constant
 
 
-_locate = gluon.jit(_around(lightning_triton._locate.fn, _longest=_longest))
+_locate = gluon.jit(_around(walk_triton._locate.fn, _longest=_longest))
 _kernel = gluon.jit(do_not_specialize=RUN_TIME)
-_forward_kernel = _kernel(_around(lightning_triton._forward_kernel.fn, _walk=_walk, _locate=_locate))
-_backward_kernel = _kernel(_around(lightning_triton._backward_kernel.fn, _walk=_walk, _locate=_locate))
+_forward_kernel = _kernel(_around(walk_triton._forward_kernel.fn, _walk=_walk, _locate=_locate))
+_backward_kernel = _kernel(_around(walk_triton._backward_kernel.fn, _walk=_walk, _locate=_locate))
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 

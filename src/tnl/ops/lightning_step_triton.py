@@ -9,8 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tnl.ops.launch_triton import launch_kernel, pointer_or
-from tnl.ops.lightning_triton import _loss
 from tnl.ops.tiling_triton import Tiles, ceil_div, padded_width
+from tnl.ops.walk_triton import _loss
 
 
 def choose_step_tiles(heads: int, columns: int) -> Tiles:

@@ -1,6 +1,6 @@
 """Few heads of a long row in Triton: its segments as rows of their own, with states that are summed up beforehand.
 
-The walk of :mod:`tnl.ops.lightning_triton` can hand a state from segment to segment as it goes. Where a head's decay is
+The walk of :mod:`tnl.ops.walk_triton` can hand a state from segment to segment as it goes. Where a head's decay is
 constant it is quicker to know all states before: most heads forget within a segment, so there is little to sum up.
 
 Backwards the same holds for the gradients of the states, which come from behind. The states are summed up once more:

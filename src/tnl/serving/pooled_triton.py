@@ -15,8 +15,9 @@ from torch import Tensor
 
 from tnl.ops.launch_triton import aligned, launch_kernel, pointer_or
 from tnl.ops.lightning_step_triton import _step_kernel, choose_step_tiles
-from tnl.ops.lightning_triton import IN_TRITON, Kernels, _decay_form, _locate, _walk, choose_kernels
+from tnl.ops.lightning_triton import IN_TRITON, Kernels, _decay_form, choose_kernels
 from tnl.ops.tiling_triton import Cut, Tiles, ceil_div, choose_tiles, cut_tokens, padded_width, product_precision
+from tnl.ops.walk_triton import _locate, _walk
 from tnl.serving.pooled import PooledStep
 
 SHORT = 512  # tokens of a prefill up to which the time is that of reading and writing states
@@ -42,7 +43,7 @@ def _prefill_kernel(
     D: tl.constexpr, E: tl.constexpr, PARTS: tl.constexpr, DECAY: tl.constexpr, PACKED: tl.constexpr,
     SPLIT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """As the forward kernel of :mod:`tnl.ops.lightning_triton`, whose order of programs it has.
+    """As the forward kernel of :mod:`tnl.ops.walk_triton`, whose order of programs it has.
 
     A state is read by the programs that write it, each its own columns, before they do: one row serves as both.
     """
