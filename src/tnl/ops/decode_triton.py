@@ -7,6 +7,7 @@ done as well. To fetch the weights after next into the second-level cache as wel
 
 import functools
 import math
+from typing import Any
 
 import torch
 import triton
@@ -18,6 +19,7 @@ from tnl.ops.backends import interpreted
 
 TILE = 8192  # weights that a program holds: with 128 threads 64 each
 TURN = tl.constexpr(2 * math.pi)
+FEW_ROWS = 4  # up to so many are quicker one after another than by tensor cores
 FEW_PROGRAMS = 256  # fewer leave processors of an H100 without work
 
 
@@ -54,6 +56,52 @@ def _linear_kernel(
         if ADD:
             y += tl.load(RESIDUAL + row * outputs + output, output < outputs, 0.0).to(tl.float32)
         tl.store(OUT + row * outputs + output, y.to(OUT.dtype.element_ty), output < outputs)
+
+
+@triton.jit
+def _products_kernel(
+    X, W, F, GATE, RESIDUAL, OUT, rows, outputs, K, x_row, gate_row, eps, activated,
+    PRODUCT: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, ACTIVATE: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """As :func:`_linear_kernel` for more rows: some outputs of some rows by tensor cores, piece by piece of the inputs.
+
+    The norm is a factor of each row, which comes to the sums when its squares are summed too.
+    """
+    output = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inner = tl.arange(0, BLOCK_K)
+    at = output.to(tl.int64)[None, :] * K + inner[:, None]
+    sums = tl.zeros([BLOCK_N, BLOCK_O], tl.float32)
+    factors = sums
+    squares = tl.zeros([BLOCK_N], tl.float32)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    for start in range(0, K, BLOCK_K):
+        there = (row < rows)[:, None] & (start + inner < K)[None, :]
+        inside = (start + inner < K)[:, None] & (output < outputs)[None, :]
+        x = tl.load(X + row[:, None] * x_row + start + inner[None, :], there, 0.0)
+        w = tl.load(W + at + start, inside, 0.0)
+        if NORM:
+            squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
+        if GATED:
+            x = (x * tl.load(GATE + row[:, None] * gate_row + start + inner[None, :], there, 0.0)).to(w.dtype)
+        sums = tl.dot(x, w, sums, input_precision="ieee")
+        if PRODUCT:
+            factors = tl.dot(x, tl.load(F + at + start, inside, 0.0), factors, input_precision="ieee")
+    if PRODUCT:
+        sums *= factors
+    if NORM:
+        mean = squares / K + eps
+        sums *= (1.0 / (mean if PRODUCT else tl.sqrt_rn(mean)))[:, None]
+    if ACTIVATE:
+        sums = tl.where(output[None, :] < activated, sums / (1.0 + tl.exp(-sums)), sums)
+    to = row[:, None] * outputs + output[None, :]
+    inside = (row < rows)[:, None] & (output < outputs)[None, :]
+    if ADD:
+        sums += tl.load(RESIDUAL + to, inside, 0.0).to(tl.float32)
+    tl.store(OUT + to, sums.to(OUT.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -122,21 +170,32 @@ def linear(
     """:func:`tnl.ops.decode.decode_linear`."""
     (rows, inputs), outputs = x.shape, weight.shape[0]
     x, other = _rows(x), x if gate is None else _rows(gate)
-    block_k = triton.next_power_of_2(inputs)
-    block_o = max(1, TILE // block_k // (1 if factor_weight is None else 2))
-    while block_o > 1 and triton.cdiv(outputs, block_o) < FEW_PROGRAMS:
-        block_o //= 2
     if out is None:
         out = x.new_empty(rows, outputs) if residual is None else residual
-    _linear_kernel[(triton.cdiv(outputs, block_o),)](
+    kernel: Any = _linear_kernel
+    if rows <= FEW_ROWS:
+        block_k = triton.next_power_of_2(inputs)
+        block_o = max(1, TILE // block_k // (1 if factor_weight is None else 2))
+        while block_o > 1 and triton.cdiv(outputs, block_o) < FEW_PROGRAMS:
+            block_o //= 2
+        grid: tuple[int, ...] = (triton.cdiv(outputs, block_o),)
+        tiles = {"BLOCK_O": block_o, "BLOCK_K": block_k, "num_warps": 4 if block_k < 8192 else 8}
+    else:
+        kernel, tiles = _products_kernel, _product_tiles(rows, inputs, outputs)
+        grid = (triton.cdiv(outputs, tiles["BLOCK_O"]), triton.cdiv(rows, tiles["BLOCK_N"]))
+    kernel[grid](
         x, weight, weight if factor_weight is None else factor_weight, other, out, out,
         rows=rows, outputs=outputs, K=inputs, x_row=x.stride(0), gate_row=other.stride(0), eps=norm_eps or 0.0,
         activated=activated,
         PRODUCT=factor_weight is not None, GATED=gate is not None, NORM=norm_eps is not None, ACTIVATE=activated > 0,
-        ADD=residual is not None, BLOCK_O=block_o, BLOCK_K=block_k, num_warps=4 if block_k < 8192 else 8,
-        **_options(x),
+        ADD=residual is not None, **tiles, **_options(x),
     )  # fmt: skip
     return out
+
+
+def _product_tiles(rows: int, inputs: int, outputs: int) -> dict[str, int]:
+    block_n = min(64, max(16, triton.next_power_of_2(rows)))
+    return {"BLOCK_N": block_n, "BLOCK_O": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
 
 
 def _rows(x: Tensor) -> Tensor:
