@@ -23,6 +23,11 @@ def decay(strength: float) -> dict[str, float]:
     return {"weight_decay": strength}
 
 
+def heads(count: int) -> dict[str, int]:
+    """So many heads of LLaMA."""
+    return {"num_attention_heads": count, "num_key_value_heads": count}
+
+
 def overfit(change: str, model: str, **others: Any) -> Run:
     """Six passes over 20 MB with 10M parameters: as many bytes a parameter as 49 MB are for 25M."""
     name = f"{model}-6-passes-{change}".removesuffix("-")
@@ -58,6 +63,9 @@ RUNS = [
     overfit("dropout-0.2", "tnl", changes={"dropout": 0.2}),
     overfit("decay-1-hybrid", "tnl", changes={"layer_types": hybrid(6, 3)}, optimizer=decay(1.0)),
     overfit("decay-1-heads-12", "tnl", changes={"num_attention_heads": 12}, optimizer=decay(1.0)),
+    overfit("decay-1-heads-12", "llama", changes=heads(12), optimizer=decay(1.0)),
+    overfit("decay-1-gate-sigmoid", "tnl", changes={"gate": "sigmoid"}, optimizer=decay(1.0)),
+    overfit("decay-1-lrpe-all", "tnl", changes={"lrpe_layers": "all"}, optimizer=decay(1.0)),
     overfit("decay-1-seed-1", "llama", optimizer=decay(1.0), seed=1),
     overfit("decay-1-seed-1", "tnl", optimizer=decay(1.0), seed=1),
     overfit("decay-0.5", "llama", optimizer=decay(0.5)),
@@ -73,7 +81,9 @@ RUNS = [
     Run("gla", "gla", seconds=300),
     Run("tnl-context-512", "tnl", context=512, seconds=195),
     Run("llama-context-512", "llama", context=512, seconds=200),
-    Run("llama-10-heads", "llama", changes=MORE_HEADS | {"num_key_value_heads": 10}, seconds=215),
+    Run("llama-10-heads", "llama", changes=heads(10), seconds=215),
+    Run("tnl-10-heads-rate-1e-3", "tnl", changes=MORE_HEADS, optimizer=LOW_RATE, seconds=195),
+    Run("llama-10-heads-rate-1e-3", "llama", changes=heads(10), optimizer=LOW_RATE, seconds=215),
     Run("hybrid", "tnl", changes={"layer_types": hybrid(10, 5)}, seconds=210),
 ]
 

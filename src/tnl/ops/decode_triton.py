@@ -62,46 +62,56 @@ def _linear_kernel(
 def _products_kernel(
     X, W, F, GATE, RESIDUAL, OUT, rows, outputs, K, x_row, gate_row, eps, activated,
     PRODUCT: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, ACTIVATE: tl.constexpr, ADD: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """As :func:`_linear_kernel` for more rows: some outputs of some rows by tensor cores, piece by piece of the inputs.
+    """As :func:`_linear_kernel` for more rows, by tensor cores: some outputs of some rows.
 
-    The norm is a factor of each row, which comes to the sums when its squares are summed too.
+    Inputs come in pieces of PARTS * BLOCK_K. Each warp multiplies a part of its own, as one of a batch of products; the
+    norm is a factor of each row, which comes to their sum.
     """
     output = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inner = tl.arange(0, BLOCK_K)
-    at = output.to(tl.int64)[None, :] * K + inner[:, None]
-    sums = tl.zeros([BLOCK_N, BLOCK_O], tl.float32)
-    factors = sums
-    squares = tl.zeros([BLOCK_N], tl.float32)
+    inner = tl.arange(0, PARTS)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    at = output.to(tl.int64)[None, None, :] * K + inner[:, :, None]
+    inside = (inner < K)[:, :, None] & (output < outputs)[None, None, :]
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()
-    for start in range(0, K, BLOCK_K):
-        there = (row < rows)[:, None] & (start + inner < K)[None, :]
-        inside = (start + inner < K)[:, None] & (output < outputs)[None, :]
-        x = tl.load(X + row[:, None] * x_row + start + inner[None, :], there, 0.0)
-        w = tl.load(W + at + start, inside, 0.0)
-        if NORM:
-            squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
-        if GATED:
-            x = (x * tl.load(GATE + row[:, None] * gate_row + start + inner[None, :], there, 0.0)).to(w.dtype)
-        sums = tl.dot(x, w, sums, input_precision="ieee")
-        if PRODUCT:
-            factors = tl.dot(x, tl.load(F + at + start, inside, 0.0), factors, input_precision="ieee")
+    w = tl.load(W + at, inside, 0.0)
+    f = w
     if PRODUCT:
-        sums *= factors
+        f = tl.load(F + at, inside, 0.0)
+    if PDL:
+        gdc_wait()
+    sums = tl.zeros([PARTS, BLOCK_N, BLOCK_O], tl.float32)
+    factors = sums
+    squares = tl.zeros([PARTS, BLOCK_N], tl.float32)
+    for start in range(0, K, PARTS * BLOCK_K):
+        there = (row < rows)[None, :, None] & (start + inner < K)[:, None, :]
+        x = tl.load(X + row[None, :, None] * x_row + start + inner[:, None, :], there, 0.0)
+        if NORM:
+            squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), 2)
+        if GATED:
+            x = (x * tl.load(GATE + row[None, :, None] * gate_row + start + inner[:, None, :], there, 0.0)).to(w.dtype)
+        following = start + PARTS * BLOCK_K
+        inside = (following + inner < K)[:, :, None] & (output < outputs)[None, None, :]
+        sums = tl.dot(x, w, sums, input_precision="ieee")
+        w = tl.load(W + at + following, inside, 0.0)
+        if PRODUCT:
+            factors = tl.dot(x, f, factors, input_precision="ieee")
+            f = tl.load(F + at + following, inside, 0.0)
+    y = tl.sum(sums, 0)
+    if PRODUCT:
+        y *= tl.sum(factors, 0)
     if NORM:
-        mean = squares / K + eps
-        sums *= (1.0 / (mean if PRODUCT else tl.sqrt_rn(mean)))[:, None]
+        mean = tl.sum(squares, 0) / K + eps
+        y *= (1.0 / (mean if PRODUCT else tl.sqrt_rn(mean)))[:, None]
     if ACTIVATE:
-        sums = tl.where(output[None, :] < activated, sums / (1.0 + tl.exp(-sums)), sums)
+        y = tl.where(output[None, :] < activated, y / (1.0 + tl.exp(-y)), y)
     to = row[:, None] * outputs + output[None, :]
-    inside = (row < rows)[:, None] & (output < outputs)[None, :]
+    known = (row < rows)[:, None] & (output < outputs)[None, :]
     if ADD:
-        sums += tl.load(RESIDUAL + to, inside, 0.0).to(tl.float32)
-    tl.store(OUT + to, sums.to(OUT.dtype.element_ty), inside)
+        y += tl.load(RESIDUAL + to, known, 0.0).to(tl.float32)
+    tl.store(OUT + to, y.to(OUT.dtype.element_ty), known)
 
 
 @triton.jit
@@ -194,8 +204,8 @@ def linear(
 
 
 def _product_tiles(rows: int, inputs: int, outputs: int) -> dict[str, int]:
-    block_n = min(64, max(16, triton.next_power_of_2(rows)))
-    return {"BLOCK_N": block_n, "BLOCK_O": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4}
+    block_n = min(32, max(16, triton.next_power_of_2(rows)))
+    return {"PARTS": 8, "BLOCK_N": block_n, "BLOCK_O": 16, "BLOCK_K": 128, "num_warps": 8}
 
 
 def _rows(x: Tensor) -> Tensor:
