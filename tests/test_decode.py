@@ -71,7 +71,7 @@ def test_linear_in_float64(options: dict[str, object], inputs: int, outputs: int
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", LINEAR.values(), ids=LINEAR.keys())
-@pytest.mark.parametrize(("inputs", "outputs", "rows"), [(24, 40, 1), (33, 19, 3), (1100, 2, 2), (33, 19, 5), (150, 40, 70)])
+@pytest.mark.parametrize(("inputs", "outputs", "rows"), [(24, 40, 1), (33, 19, 3), (1100, 2, 2)])
 def test_linear_kernel(dtype: torch.dtype, options: dict[str, object], inputs: int, outputs: int, rows: int) -> None:
     """The error against float64 is at most twice that of the layers one after another in the same dtype."""
     pytest.importorskip("triton")

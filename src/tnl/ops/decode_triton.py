@@ -7,7 +7,6 @@ done as well. To fetch the weights after next into the second-level cache as wel
 
 import functools
 import math
-from typing import Any
 
 import torch
 import triton
@@ -18,8 +17,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from tnl.ops.backends import interpreted
 
 TILE = 8192  # weights that a program holds: with 128 threads 64 each
+WARPS = 4
 TURN = tl.constexpr(2 * math.pi)
-FEW_ROWS = 4  # up to so many are quicker one after another than by tensor cores
 FEW_PROGRAMS = 256  # fewer leave processors of an H100 without work
 
 
@@ -34,12 +33,11 @@ def _linear_kernel(
     inner = tl.arange(0, BLOCK_K)
     at = output.to(tl.int64)[:, None] * K + inner[None, :]
     inside = (output < outputs)[:, None] & (inner < K)[None, :]
-    if PDL:
-        gdc_launch_dependents()
     w = tl.load(W + at, inside, 0.0)
     if PRODUCT:
         f = tl.load(F + at, inside, 0.0)
     if PDL:
+        gdc_launch_dependents()
         gdc_wait()
     for row in range(rows):
         x = tl.load(X + row * x_row + inner, inner < K, 0.0).to(tl.float32)
@@ -59,62 +57,6 @@ def _linear_kernel(
 
 
 @triton.jit
-def _products_kernel(
-    X, W, F, GATE, RESIDUAL, OUT, rows, outputs, K, x_row, gate_row, eps, activated,
-    PRODUCT: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, ACTIVATE: tl.constexpr, ADD: tl.constexpr,
-    PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """As :func:`_linear_kernel` for more rows, by tensor cores: some outputs of some rows.
-
-    Inputs come in pieces of PARTS * BLOCK_K. Each warp multiplies a part of its own, as one of a batch of products; the
-    norm is a factor of each row, which comes to their sum.
-    """
-    output = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    row = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inner = tl.arange(0, PARTS)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-    at = output.to(tl.int64)[None, None, :] * K + inner[:, :, None]
-    inside = (inner < K)[:, :, None] & (output < outputs)[None, None, :]
-    if PDL:
-        gdc_launch_dependents()
-    w = tl.load(W + at, inside, 0.0)
-    f = w
-    if PRODUCT:
-        f = tl.load(F + at, inside, 0.0)
-    if PDL:
-        gdc_wait()
-    sums = tl.zeros([PARTS, BLOCK_N, BLOCK_O], tl.float32)
-    factors = sums
-    squares = tl.zeros([PARTS, BLOCK_N], tl.float32)
-    for start in range(0, K, PARTS * BLOCK_K):
-        there = (row < rows)[None, :, None] & (start + inner < K)[:, None, :]
-        x = tl.load(X + row[None, :, None] * x_row + start + inner[:, None, :], there, 0.0)
-        if NORM:
-            squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), 2)
-        if GATED:
-            x = (x * tl.load(GATE + row[None, :, None] * gate_row + start + inner[:, None, :], there, 0.0)).to(w.dtype)
-        following = start + PARTS * BLOCK_K
-        inside = (following + inner < K)[:, :, None] & (output < outputs)[None, None, :]
-        sums = tl.dot(x, w, sums, input_precision="ieee")
-        w = tl.load(W + at + following, inside, 0.0)
-        if PRODUCT:
-            factors = tl.dot(x, f, factors, input_precision="ieee")
-            f = tl.load(F + at + following, inside, 0.0)
-    y = tl.sum(sums, 0)
-    if PRODUCT:
-        y *= tl.sum(factors, 0)
-    if NORM:
-        mean = tl.sum(squares, 0) / K + eps
-        y *= (1.0 / (mean if PRODUCT else tl.sqrt_rn(mean)))[:, None]
-    if ACTIVATE:
-        y = tl.where(output[None, :] < activated, y / (1.0 + tl.exp(-y)), y)
-    to = row[:, None] * outputs + output[None, :]
-    known = (row < rows)[:, None] & (output < outputs)[None, :]
-    if ADD:
-        y += tl.load(RESIDUAL + to, known, 0.0).to(tl.float32)
-    tl.store(OUT + to, y.to(OUT.dtype.element_ty), known)
-
-
-@triton.jit
 def _attention_kernel(
     QKVU, LOG_DECAY, STATE, THETA, POSITION, OUT, H, E,
     DECAY: tl.constexpr, LRPE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -125,9 +67,9 @@ def _attention_kernel(
     inner, column = tl.arange(0, BLOCK_D), tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     inside = (inner < E)[:, None] & (column < E)[None, :]
     STATE += (row * H + head) * E * E * (2 if LRPE else 1) + inner[:, None] * E + column[None, :]
+    state = tl.load(STATE, inside, 0.0)
     if PDL:
         gdc_launch_dependents()
-    state = tl.load(STATE, inside, 0.0)
     kept = 1.0
     if DECAY:
         kept = tl.exp(tl.load(LOG_DECAY + head))
@@ -180,32 +122,21 @@ def linear(
     """:func:`tnl.ops.decode.decode_linear`."""
     (rows, inputs), outputs = x.shape, weight.shape[0]
     x, other = _rows(x), x if gate is None else _rows(gate)
+    block_k = triton.next_power_of_2(inputs)
+    block_o = max(1, TILE // block_k // (1 if factor_weight is None else 2))
+    while block_o > 1 and triton.cdiv(outputs, block_o) < FEW_PROGRAMS:
+        block_o //= 2
     if out is None:
         out = x.new_empty(rows, outputs) if residual is None else residual
-    kernel: Any = _linear_kernel
-    if rows <= FEW_ROWS:
-        block_k = triton.next_power_of_2(inputs)
-        block_o = max(1, TILE // block_k // (1 if factor_weight is None else 2))
-        while block_o > 1 and triton.cdiv(outputs, block_o) < FEW_PROGRAMS:
-            block_o //= 2
-        grid: tuple[int, ...] = (triton.cdiv(outputs, block_o),)
-        tiles = {"BLOCK_O": block_o, "BLOCK_K": block_k, "num_warps": 4 if block_k < 8192 else 8}
-    else:
-        kernel, tiles = _products_kernel, _product_tiles(rows, inputs, outputs)
-        grid = (triton.cdiv(outputs, tiles["BLOCK_O"]), triton.cdiv(rows, tiles["BLOCK_N"]))
-    kernel[grid](
+    _linear_kernel[(triton.cdiv(outputs, block_o),)](
         x, weight, weight if factor_weight is None else factor_weight, other, out, out,
         rows=rows, outputs=outputs, K=inputs, x_row=x.stride(0), gate_row=other.stride(0), eps=norm_eps or 0.0,
         activated=activated,
         PRODUCT=factor_weight is not None, GATED=gate is not None, NORM=norm_eps is not None, ACTIVATE=activated > 0,
-        ADD=residual is not None, **tiles, **_options(x),
+        ADD=residual is not None, BLOCK_O=block_o, BLOCK_K=block_k, num_warps=WARPS if block_k < 8192 else 2 * WARPS,
+        **_options(x),
     )  # fmt: skip
     return out
-
-
-def _product_tiles(rows: int, inputs: int, outputs: int) -> dict[str, int]:
-    block_n = min(32, max(16, triton.next_power_of_2(rows)))
-    return {"PARTS": 8, "BLOCK_N": block_n, "BLOCK_O": 16, "BLOCK_K": 128, "num_warps": 8}
 
 
 def _rows(x: Tensor) -> Tensor:
