@@ -62,6 +62,13 @@ def test_variants_go_through_the_modules(changes: dict[str, Any]) -> None:
         TnlDecoder(model, 1, fused=True)
 
 
+@pytest.mark.parametrize(("size", "most"), [("385m", 4), ("1b", 3), ("7b", 1)])
+def test_rows_that_are_few(size: str, most: int) -> None:
+    with torch.device("meta"):
+        model = TnlForCausalLM(TnlConfig.from_preset(size))
+    assert [rows for rows in range(1, 9) if decoding_tnl.few_rows(model, rows)] == list(range(1, most + 1))
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_compressed_models_go_through_the_modules(tied: bool) -> None:
     torch.manual_seed(0)

@@ -17,7 +17,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from tnl.ops.backends import interpreted
 
 TILE = 8192  # weights that a program holds: with 128 threads 64 each
-WARPS = 4
 TURN = tl.constexpr(2 * math.pi)
 FEW_PROGRAMS = 256  # fewer leave processors of an H100 without work
 
@@ -33,11 +32,12 @@ def _linear_kernel(
     inner = tl.arange(0, BLOCK_K)
     at = output.to(tl.int64)[:, None] * K + inner[None, :]
     inside = (output < outputs)[:, None] & (inner < K)[None, :]
+    if PDL:
+        gdc_launch_dependents()
     w = tl.load(W + at, inside, 0.0)
     if PRODUCT:
         f = tl.load(F + at, inside, 0.0)
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
     for row in range(rows):
         x = tl.load(X + row * x_row + inner, inner < K, 0.0).to(tl.float32)
@@ -67,9 +67,9 @@ def _attention_kernel(
     inner, column = tl.arange(0, BLOCK_D), tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     inside = (inner < E)[:, None] & (column < E)[None, :]
     STATE += (row * H + head) * E * E * (2 if LRPE else 1) + inner[:, None] * E + column[None, :]
-    state = tl.load(STATE, inside, 0.0)
     if PDL:
         gdc_launch_dependents()
+    state = tl.load(STATE, inside, 0.0)
     kept = 1.0
     if DECAY:
         kept = tl.exp(tl.load(LOG_DECAY + head))
@@ -133,7 +133,7 @@ def linear(
         rows=rows, outputs=outputs, K=inputs, x_row=x.stride(0), gate_row=other.stride(0), eps=norm_eps or 0.0,
         activated=activated,
         PRODUCT=factor_weight is not None, GATED=gate is not None, NORM=norm_eps is not None, ACTIVATE=activated > 0,
-        ADD=residual is not None, BLOCK_O=block_o, BLOCK_K=block_k, num_warps=WARPS if block_k < 8192 else 2 * WARPS,
+        ADD=residual is not None, BLOCK_O=block_o, BLOCK_K=block_k, num_warps=4 if block_k < 8192 else 8,
         **_options(x),
     )  # fmt: skip
     return out

@@ -15,7 +15,8 @@ from tnl.models.tnl.layers_tnl import TnlAttention
 from tnl.models.tnl.modeling_tnl import TnlForCausalLM
 from tnl.ops.decode import decode_attention, decode_linear
 
-MOST_FUSED_ROWS = 4  # beyond, matrix products are quicker than rows one after another
+MOST_FUSED_ROWS = 4  # beyond these, matrix products are quicker than rows one after another (measured on an H200)
+MOST_FUSED_PARAMETERS = 4e9  # rows times parameters
 PREFILL_TOKENS = 1 << 15  # tokens of a prompt in one forward pass, over all rows
 
 
@@ -48,7 +49,7 @@ class TnlDecoder:
             raise ValueError("fused: expected False for this model, the fused kernels serve TNL without variants")
         on_gpu = device.type == "cuda"
         self.model = model
-        self.fused = (servable and on_gpu and rows <= MOST_FUSED_ROWS) if fused is None else fused
+        self.fused = (servable and on_gpu and few_rows(model, rows)) if fused is None else fused
         wide = torch.promote_types(model.dtype, torch.float32)
         self.tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         self.position = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -140,6 +141,12 @@ class TnlDecoder:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._step()
+
+
+def few_rows(model: TnlForCausalLM, rows: int) -> bool:
+    """Whether rows are so few, for a model of this size, that the fused kernels are the quicker way."""
+    work = rows * sum(parameter.numel() for parameter in model.parameters())
+    return rows == 1 or (rows <= MOST_FUSED_ROWS and work <= MOST_FUSED_PARAMETERS)
 
 
 def serves_fused(model: TnlForCausalLM) -> bool:
