@@ -14,7 +14,16 @@ DOCS = REPOSITORY / "docs"
 PAGE = DOCS / "quality.md"
 DEFAULTS = {"learning_rate": 2e-3}
 # Runs that the plots of learning curves show, as far as they are there.
-CURVES = ("tnl", "tnl-rate-1e-3", "tnl-10-heads", "hybrid", "llama", "llama-rate-1e-3", "gla")
+CURVES = (
+    "tnl",
+    "tnl-rate-1e-3",
+    "tnl-10-heads",
+    "hybrid",
+    "llama",
+    "llama-rate-1e-3",
+    "llama-10-heads-rate-1e-3",
+    "gla",
+)
 BASE = "base"
 POSITIONS = {"quality": "45m", "length": "10m", "ablations": "10m"}  # tables of scores by position, and their sizes
 LONG_READERS = {"45m": ("tnl", "tnl-seed-1", "tnl-10-heads"), "10m": ("tnl-512", "tnl-2048", "tnl-8192", "tnl-65536")}
