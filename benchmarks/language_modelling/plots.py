@@ -95,7 +95,8 @@ def plot_quality(output: Path) -> None:
     about = {"run": "run", "differs": "differs"}
     publish("two passes", large, about | {"tokens_per_second": "tokens/s"} | SCORES | {"train": "training text"})
     both = {"validation_2048": "validation", "test_2048": "test", "train": "training text"}
-    publish("six passes", [row for row in rows if "6-passes" in row["run"]], about | both)
+    six = [row for row in rows if "6-passes" in row["run"]]
+    publish("six passes", six, about | both)
     if others:
         publish("other texts", others, about | {"corpus": "text", "tokenizer": "tokens"} | both)
     curves = defaultdict(list)
@@ -115,12 +116,12 @@ def plot_quality(output: Path) -> None:
     figure.savefig(DOCS / "quality-curves.png", dpi=110)
     figure, panels = figure_of(2)
     for axes, model in zip(panels, ("tnl", "llama"), strict=True):
-        for row in rows:
-            if "6-passes" in row["run"]:
-                # Each panel has the other model's runs in grey behind its own.
-                own = row["model"] == model
-                style: dict[str, Any] = {"label": row["run"], "zorder": 2} if own else {"color": "0.8", "zorder": 1}
-                axes.plot(*bits_of(row, curves[row["run"]]), **style)
+        for row in six:
+            if row["model"] != model:  # in grey, behind the panel's own
+                axes.plot(*bits_of(row, curves[row["run"]]), color="0.8", zorder=1)
+        for number, row in enumerate(row for row in six if row["model"] == model):
+            style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
+            axes.plot(*bits_of(row, curves[row["run"]]), label=row["run"], zorder=2, **style)
     finish_curves(*panels, over=0.15)
     figure.savefig(DOCS / "quality-six-passes.png", dpi=110)
 
